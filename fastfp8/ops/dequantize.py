@@ -1,0 +1,74 @@
+"""From FP8 in blocks back to a dense tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentTypeError, check_device, check_dtype, check_tensor, check_value, message
+from ..layout import Block, as_block, has_scale_layout, scale_layout_name, scale_shape
+from ..reference.dequantize import dequantize as reference_dequantize
+from ..scaled_tensor import ScaledTensor
+
+_OP = "dequantize"
+OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def dequantize(t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """``t.data * t.scale`` [R, C]: the product in FP32, rounded once to ``dtype``. Bit for bit equal on every backend.
+
+    Args:
+        t: a ScaledTensor [R, C] of any block.
+        dtype: bfloat16, float16 or float32.
+
+    Returns:
+        A row-major tensor [R, C] of ``dtype`` on the device of ``t``.
+
+    Raises:
+        TypeError: ``t`` is not a ScaledTensor, or ``dtype`` is another.
+    """
+    if not isinstance(t, ScaledTensor):
+        raise ArgumentTypeError(message(_OP, "t", "a fastfp8.ScaledTensor", type(t).__name__))
+    out: Tensor = torch.ops.fastfp8.dequantize(t.data, t.scale, t.block, dtype)
+    return out
+
+
+def check_scaled(op: str, name: str, data: Tensor, scale: Tensor, block: Block) -> None:
+    """Raise unless ``data`` and ``scale`` (arguments ``name`` and ``{name}_scale`` of ``op``) make a ScaledTensor of ``block``."""
+    check_tensor(data, op, name, (torch.float8_e4m3fn,))
+    check_tensor(scale, op, f"{name}_scale", (torch.float32,))
+    check_device(scale, op, f"{name}_scale", data, name)
+    shape = scale_shape(data.shape[0], data.shape[1], block)
+    got = tuple(scale.shape)
+    check_value(got == shape, op, f"{name}_scale", f"shape {shape}, one scale for each {block} block", f"shape {got}")
+    layout = has_scale_layout(scale, block)
+    check_value(layout, op, f"{name}_scale", scale_layout_name(block), f"stride {tuple(scale.stride())}")
+
+
+def _check(data: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype) -> Block:
+    checked = as_block(block, _OP)
+    check_dtype(dtype, _OP, "dtype", OUTPUT_DTYPES)
+    check_scaled(_OP, "data", data, scale, checked)
+    return checked
+
+
+@torch.library.impl("fastfp8::dequantize", "CPU")
+@torch.no_grad()
+def _cpu(data: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return reference_dequantize(data, scale, _check(data, scale, block, dtype), dtype)
+
+
+@torch.library.impl("fastfp8::dequantize", "CUDA")
+@torch.no_grad()
+def _cuda(data: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    from ..triton_kernels.dequantize import dequantize as triton_dequantize
+
+    return triton_dequantize(data, scale, _check(data, scale, block, dtype), dtype)
+
+
+@torch.library.register_fake("fastfp8::dequantize")
+def _fake(data: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    _check(data, scale, block, dtype)
+    return torch.empty(data.shape, dtype=dtype, device=data.device)

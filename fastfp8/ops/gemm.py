@@ -1,0 +1,135 @@
+"""The dense FP8 GEMM with fine-grained scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentTypeError, check_device, check_dtype, check_tensor, check_value, message
+from ..layout import BLOCK, Block, as_block
+from ..reference.gemm import gemm as reference_gemm
+from ..scaled_tensor import ScaledTensor
+from .dequantize import check_scaled
+
+_OP = "gemm"
+OUTPUT_DTYPES = (torch.bfloat16, torch.float32)
+A_BLOCK: Block = (1, BLOCK)
+B_BLOCKS: tuple[Block, ...] = ((BLOCK, BLOCK), (1, BLOCK))
+# A row of FP8 codes starts at a multiple of 16 bytes, and so does a row of BF16 output: what TMA asks of a stride.
+K_ALIGNMENT, N_ALIGNMENT = 16, 8
+
+
+def gemm(
+    a: ScaledTensor,
+    b: ScaledTensor,
+    *,
+    out_dtype: torch.dtype = torch.bfloat16,
+    c: Tensor | None = None,
+) -> Tensor:
+    """``a @ b.T + c``, of operands in FP8 with fine-grained scales.
+
+    For each 128-wide block of K in ascending order: ``partial`` is the tensor core's product of the codes from zero, and
+    ``acc = fma(scale_a * scale_b, partial, acc)`` in FP32. Then ``c`` is added in FP32 and the sum rounded once. The result
+    does not depend on M, on the tile or on the number of SMs. On the CPU the product is that of the dequantised operands
+    in FP32. DeepSeek-V3 report, section 3.3.2.
+
+    Args:
+        a: activations or gradients [M, K] in (1, 128) blocks. K a multiple of 16; any M, 0 too.
+        b: weights [N, K] in (128, 128) blocks, or a Wgrad operand in (1, 128) blocks. N a multiple of 8.
+        out_dtype: bfloat16 or float32.
+        c: bfloat16 or float32 [M, N] to add, rows contiguous; None adds nothing.
+
+    Returns:
+        A row-major tensor [M, N] of ``out_dtype``.
+
+    Raises:
+        TypeError: an operand is not a ScaledTensor, or a dtype is another.
+        ValueError: shapes, blocks, devices or strides do not fit. Data is row-major, with rows at multiples of 16 bytes.
+    """
+    for name, operand in (("a", a), ("b", b)):
+        if not isinstance(operand, ScaledTensor):
+            raise ArgumentTypeError(message(_OP, name, "a fastfp8.ScaledTensor", type(operand).__name__))
+    check_value(a.block == A_BLOCK, _OP, "a", f"blocks of {A_BLOCK}", f"blocks of {a.block}")
+    out: Tensor = torch.ops.fastfp8.gemm(a.data, a.scale, b.data, b.scale, b.block, out_dtype, c)
+    return out
+
+
+def _check_rows(name: str, data: Tensor) -> None:
+    rows, cols = data.shape
+    contiguous = (cols <= 1 or data.stride(1) == 1) and (rows <= 1 or data.stride(0) % K_ALIGNMENT == 0)
+    check_value(contiguous, _OP, name, "row-major data, rows 16 bytes apart or a multiple", f"stride {data.stride()}")
+
+
+def _check(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_block: Sequence[int],
+    out_dtype: torch.dtype,
+    c: Tensor | None,
+) -> Block:
+    block = as_block(b_block, _OP, "b_block", B_BLOCKS)
+    check_dtype(out_dtype, _OP, "out_dtype", OUTPUT_DTYPES)
+    check_scaled(_OP, "a", a, a_scale, A_BLOCK)
+    check_scaled(_OP, "b", b, b_scale, block)
+    check_device(b, _OP, "b", a, "a")
+    (m, k), (n, b_k) = a.shape, b.shape
+    check_value(b_k == k, _OP, "b", f"K = {k} columns, as 'a' has", f"shape {tuple(b.shape)}")
+    check_value(k % K_ALIGNMENT == 0, _OP, "a", f"K a multiple of {K_ALIGNMENT}", f"K = {k}")
+    check_value(n % N_ALIGNMENT == 0, _OP, "b", f"N a multiple of {N_ALIGNMENT}", f"N = {n}")
+    _check_rows("a", a)
+    _check_rows("b", b)
+    if c is not None:
+        check_tensor(c, _OP, "c", OUTPUT_DTYPES)
+        check_device(c, _OP, "c", a, "a")
+        check_value(tuple(c.shape) == (m, n), _OP, "c", f"shape {(m, n)}", f"shape {tuple(c.shape)}")
+        check_value(n <= 1 or c.stride(1) == 1, _OP, "c", "contiguous rows", f"stride {c.stride()}")
+    return block
+
+
+@torch.library.impl("fastfp8::gemm", "CPU")
+@torch.no_grad()
+def _cpu(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_block: Sequence[int] = (BLOCK, BLOCK),
+    out_dtype: torch.dtype = torch.bfloat16,
+    c: Tensor | None = None,
+) -> Tensor:
+    block = _check(a, a_scale, b, b_scale, b_block, out_dtype, c)
+    return reference_gemm(a, a_scale, b, b_scale, block, out_dtype, c)
+
+
+@torch.library.impl("fastfp8::_gemm_triton", "CUDA")
+@torch.no_grad()
+def _triton(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_block: Sequence[int],
+    out_dtype: torch.dtype,
+    c: Tensor | None,
+) -> Tensor:
+    from ..triton_kernels.gemm import gemm as triton_gemm
+
+    return triton_gemm(a, a_scale, b, b_scale, (b_block[0], b_block[1]), out_dtype, c)
+
+
+@torch.library.register_fake("fastfp8::gemm")
+def _fake(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    b_block: Sequence[int] = (BLOCK, BLOCK),
+    out_dtype: torch.dtype = torch.bfloat16,
+    c: Tensor | None = None,
+) -> Tensor:
+    _check(a, a_scale, b, b_scale, b_block, out_dtype, c)
+    return torch.empty((a.shape[0], b.shape[0]), dtype=out_dtype, device=a.device)

@@ -1,0 +1,29 @@
+"""Dequantisation on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import Block, ceil_div
+
+# Elements worked on at a time: temporaries stay in the cache.
+_CHUNK = 1 << 19
+
+
+def dequantize(data: Tensor, scale: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+    """See :func:`fastfp8.dequantize`; arguments are checked already. The product is FP32, rounded once to ``dtype``."""
+    rows, cols = data.shape
+    out = torch.empty((rows, cols), dtype=dtype)
+    if data.numel() == 0:
+        return out
+    step = max(1, _CHUNK // (cols * block[0]))
+    for first in range(0, ceil_div(rows, block[0]), step):
+        chunk = slice(first * block[0], (first + step) * block[0])
+        values, s = data[chunk].float(), scale[first : first + step]
+        # One scale an element, in blocks that may stick out over the ragged edges.
+        spread = s[:, None, :, None].expand(-1, block[0], -1, block[1])
+        spread = spread.reshape(s.shape[0] * block[0], s.shape[1] * block[1])
+        torch.mul(values, spread[: values.shape[0], :cols], out=values)
+        out[chunk] = values
+    return out
