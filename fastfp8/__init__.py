@@ -1,13 +1,15 @@
 """FP8 training kernels of the DeepSeek-V3 report as torch ops. See README.md for the map and the contracts."""
 
-import torch  # noqa: F401, I001  (its libraries must be loaded before _C is)
+import torch  # noqa: F401  (its libraries must be loaded before _C is)
 
-from . import _C  # registers the schemas of torch.ops.fastfp8.*
+from . import _C, backends  # _C registers the schemas of torch.ops.fastfp8.*
 from .ops.dequantize import dequantize
 from .ops.gemm import gemm
 from .ops.quantize import quantize
 from .scaled_tensor import ScaledTensor
 
 __version__ = _C.version
+
+backends.announce()
 
 __all__ = ["ScaledTensor", "dequantize", "gemm", "quantize"]

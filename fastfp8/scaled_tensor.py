@@ -80,7 +80,7 @@ class ScaledTensor:
         return f"ScaledTensor({tuple(self.shape)}, {rows}x{cols} blocks, {self.data.dtype}, {self.device})"
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """``data * scale`` as a dense tensor of ``dtype``: float32, bfloat16 or float16. See :func:`fastfp8.dequantize`."""
+        """``data * scale`` as a dense tensor of float32, bfloat16 or float16. See :func:`fastfp8.dequantize`."""
         from .ops.dequantize import dequantize
 
         return dequantize(self, dtype)
@@ -122,7 +122,7 @@ class ScaledTensor:
 pytree.register_pytree_node(
     ScaledTensor,
     lambda t: ([t.data, t.scale], t.block),
-    lambda leaves, block: ScaledTensor._trusted(*leaves, block),
+    lambda leaves, block: ScaledTensor._trusted(*leaves, block=block),
     serialized_type_name="fastfp8.ScaledTensor",
 )
 torch.serialization.add_safe_globals([ScaledTensor])

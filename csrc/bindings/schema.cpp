@@ -1,4 +1,5 @@
-// The schema of every op under torch.ops.fastfp8. Implementations: fastfp8/ops (CPU, Triton, fake), gemm_op.cpp (sm_90a).
+// The schema of every op under torch.ops.fastfp8. Implementations: fastfp8/ops (CPU, Triton, fake), gemm_op.cpp
+// (sm_90a).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastfp8, library) {

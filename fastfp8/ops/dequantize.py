@@ -36,7 +36,7 @@ def dequantize(t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def check_scaled(op: str, name: str, data: Tensor, scale: Tensor, block: Block) -> None:
-    """Raise unless ``data`` and ``scale`` (arguments ``name`` and ``{name}_scale`` of ``op``) make a ScaledTensor of ``block``."""
+    """Raise unless arguments ``name`` and ``{name}_scale`` of ``op`` make a ScaledTensor of ``block``."""
     check_tensor(data, op, name, (torch.float8_e4m3fn,))
     check_tensor(scale, op, f"{name}_scale", (torch.float32,))
     check_device(scale, op, f"{name}_scale", data, name)

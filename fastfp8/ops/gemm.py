@@ -30,23 +30,24 @@ def gemm(
 ) -> Tensor:
     """``a @ b.T + c``, of operands in FP8 with fine-grained scales.
 
-    For each 128-wide block of K in ascending order: ``partial`` is the tensor core's product of the codes from zero, and
-    ``acc = fma(scale_a * scale_b, partial, acc)`` in FP32. Then ``c`` is added in FP32 and the sum rounded once. The result
-    does not depend on M, on the tile or on the number of SMs. On the CPU the product is that of the dequantised operands
-    in FP32. DeepSeek-V3 report, section 3.3.2.
+    For each 128-wide block of K in ascending order: ``partial`` is the tensor core's product of the codes from zero,
+    and ``acc = fma(scale_a * scale_b, partial, acc)`` in FP32. Then ``c`` is added in FP32 and the sum rounded once.
+    The result does not depend on M, on the tile or on the number of SMs. On the CPU the product is that of the
+    dequantised operands in FP32. DeepSeek-V3 report, section 3.3.2.
 
     Args:
         a: activations or gradients [M, K] in (1, 128) blocks. K a multiple of 16; any M, 0 too.
         b: weights [N, K] in (128, 128) blocks, or a Wgrad operand in (1, 128) blocks. N a multiple of 8.
         out_dtype: bfloat16 or float32.
-        c: bfloat16 or float32 [M, N] to add, rows contiguous; None adds nothing.
+        c: bfloat16 or float32 [M, N] to add, row-major; an expanded row (stride 0) will do. None adds nothing.
 
     Returns:
         A row-major tensor [M, N] of ``out_dtype``.
 
     Raises:
         TypeError: an operand is not a ScaledTensor, or a dtype is another.
-        ValueError: shapes, blocks, devices or strides do not fit. Data is row-major, with rows at multiples of 16 bytes.
+        ValueError: shapes, blocks, devices or strides do not fit. Data is row-major, rows a
+            multiple of 16 bytes apart.
     """
     for name, operand in (("a", a), ("b", b)):
         if not isinstance(operand, ScaledTensor):
@@ -57,9 +58,12 @@ def gemm(
 
 
 def _check_rows(name: str, data: Tensor) -> None:
+    """Row-major, rows apart by a multiple of 16 bytes: what TMA and vector loads ask for."""
     rows, cols = data.shape
-    contiguous = (cols <= 1 or data.stride(1) == 1) and (rows <= 1 or data.stride(0) % K_ALIGNMENT == 0)
-    check_value(contiguous, _OP, name, "row-major data, rows 16 bytes apart or a multiple", f"stride {data.stride()}")
+    contiguous = cols <= 1 or data.stride(1) == 1
+    aligned = rows <= 1 or data.stride(0) * data.element_size() % 16 == 0
+    expected = "row-major data, rows 16 bytes apart or a multiple"
+    check_value(contiguous and aligned, _OP, name, expected, f"stride {tuple(data.stride())}")
 
 
 def _check(
@@ -80,13 +84,15 @@ def _check(
     check_value(b_k == k, _OP, "b", f"K = {k} columns, as 'a' has", f"shape {tuple(b.shape)}")
     check_value(k % K_ALIGNMENT == 0, _OP, "a", f"K a multiple of {K_ALIGNMENT}", f"K = {k}")
     check_value(n % N_ALIGNMENT == 0, _OP, "b", f"N a multiple of {N_ALIGNMENT}", f"N = {n}")
-    _check_rows("a", a)
-    _check_rows("b", b)
+    for name, data in (("a", a), ("b", b)):
+        _check_rows(name, data)
+        apart = data.shape[0] <= 1 or data.stride(0) >= k
+        check_value(apart, _OP, name, "rows that do not overlap", f"stride {tuple(data.stride())}")
     if c is not None:
         check_tensor(c, _OP, "c", OUTPUT_DTYPES)
         check_device(c, _OP, "c", a, "a")
         check_value(tuple(c.shape) == (m, n), _OP, "c", f"shape {(m, n)}", f"shape {tuple(c.shape)}")
-        check_value(n <= 1 or c.stride(1) == 1, _OP, "c", "contiguous rows", f"stride {c.stride()}")
+        _check_rows("c", c)
     return block
 
 

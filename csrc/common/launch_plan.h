@@ -1,0 +1,37 @@
+// A launch as data: driver.cpp executes it on a GPU, the tests' emulator on a CPU.
+#pragma once
+#include <array>
+#include <cstdint>
+#include <variant>
+
+#include "tensor_map.h"
+
+namespace fastfp8 {
+
+// The address of the tensor bound to `slot`, a name the plan's caller knows ("a", "out", ...); null if none is bound.
+struct TensorSlot {
+  const char* slot;
+};
+
+// A tensor map over the tensor bound to `slot`. A kernel parameter that this instance never touches has slot nullptr.
+struct TensorMapSlot {
+  const char* slot;
+  TensorMap map;
+};
+
+using LaunchArgument = std::variant<int32_t, float, TensorSlot, TensorMapSlot>;
+
+struct LaunchPlan {
+  static constexpr int kMaxArguments = 16;
+
+  const char* module;  // stem of the .ptx and .cubin files in fastfp8/kernels
+  const char* kernel;  // symbol in the module
+  std::array<int, 3> grid, block, cluster;
+  int shared_bytes;  // dynamic shared memory
+  int argument_count = 0;
+  std::array<LaunchArgument, kMaxArguments> arguments;
+
+  void add(const LaunchArgument& argument) { arguments[argument_count++] = argument; }
+};
+
+}  // namespace fastfp8

@@ -1,0 +1,98 @@
+#include "plan.h"
+
+#include <stdexcept>
+
+namespace fastfp8::gemm {
+namespace {
+
+struct Instance {
+  BScales b_scales;
+  DType out;
+  int tile_n;
+  const char *module, *kernel;
+};
+
+// Every kernel that csrc/gemm/instantiations defines.
+#define FASTFP8_INSTANCES(SCALES, OUT, STEM)                                     \
+  {BScales::SCALES, DType::OUT, 32, "gemm_" STEM, "gemm_sm90_" STEM "_n32"},     \
+      {BScales::SCALES, DType::OUT, 64, "gemm_" STEM, "gemm_sm90_" STEM "_n64"}, \
+      {BScales::SCALES, DType::OUT, 128, "gemm_" STEM, "gemm_sm90_" STEM "_n128"}
+constexpr Instance kInstances[] = {
+    FASTFP8_INSTANCES(kBlock, kBF16, "block_bf16"),
+    FASTFP8_INSTANCES(kBlock, kF32, "block_f32"),
+    FASTFP8_INSTANCES(kRow, kBF16, "row_bf16"),
+    FASTFP8_INSTANCES(kRow, kF32, "row_f32"),
+};
+#undef FASTFP8_INSTANCES
+
+const Instance& find_instance(const GemmProblem& problem, int tile_n) {
+  for (const Instance& instance : kInstances) {
+    if (instance.b_scales == problem.b_scales && instance.out == problem.out && instance.tile_n == tile_n)
+      return instance;
+  }
+  throw std::logic_error("no GEMM kernel with tile_n = " + std::to_string(tile_n) + " for " + problem.str());
+}
+
+// FP8 codes [rows, k] in boxes of one 128-byte swizzle span.
+TensorMapSlot codes_map(const char* slot, int rows, int k, int64_t pitch, int tile_rows) {
+  return {slot,
+          {DType::kE4M3,
+           {static_cast<uint64_t>(k), static_cast<uint64_t>(rows)},
+           static_cast<uint64_t>(pitch),
+           {kTileK, static_cast<uint32_t>(tile_rows)},
+           Swizzle::k128B}};
+}
+
+// Column-major scales: one k-block's scales of a tile's rows in a box.
+TensorMapSlot scale_map(const char* slot, int rows, int k, int64_t pitch, int tile_rows) {
+  return {slot,
+          {DType::kF32,
+           {static_cast<uint64_t>(rows), static_cast<uint64_t>(ceil_div(k, kTileK))},
+           static_cast<uint64_t>(pitch) * 4,
+           {static_cast<uint32_t>(tile_rows), 1},
+           Swizzle::kNone}};
+}
+
+// BF16 output, 64 rows (one consumer's) by one panel.
+TensorMapSlot out_map(int m, int n, int tile_n) {
+  const int columns = out_panel_columns(tile_n);
+  return {"out",
+          {DType::kBF16,
+           {static_cast<uint64_t>(n), static_cast<uint64_t>(m)},
+           static_cast<uint64_t>(n) * 2,
+           {static_cast<uint32_t>(columns), kTileM / kConsumers},
+           columns == 64 ? Swizzle::k128B : Swizzle::k64B}};
+}
+
+}  // namespace
+
+LaunchPlan plan(const GemmProblem& problem, const GemmConfig& config) {
+  if (problem.m == 0 || problem.n == 0 || problem.k == 0)
+    throw std::logic_error("nothing to launch for " + problem.str());
+  const Instance& instance = find_instance(problem, config.tile_n);
+  const bool by_row = problem.b_scales == BScales::kRow, bf16 = problem.out == DType::kBF16;
+  LaunchPlan plan{};
+  plan.module = instance.module, plan.kernel = instance.kernel;
+  plan.grid = {config.grid, 1, 1}, plan.block = {kThreads, 1, 1}, plan.cluster = {1, 1, 1};
+  plan.shared_bytes = SharedPlan::make(config.tile_n, problem.b_scales, problem.out).bytes;
+  // In the order of the entry's parameters (kernels/gemm_sm90.cuh).
+  plan.add(codes_map("a", problem.m, problem.k, problem.a_pitch, kTileM));
+  plan.add(codes_map("b", problem.n, problem.k, problem.b_pitch, config.tile_n));
+  plan.add(scale_map("a_scale", problem.m, problem.k, problem.a_scale_pitch, kTileM));
+  plan.add(by_row ? scale_map("b_scale", problem.n, problem.k, problem.b_scale_pitch, config.tile_n) : TensorMapSlot{});
+  plan.add(bf16 ? out_map(problem.m, problem.n, config.tile_n) : TensorMapSlot{});
+  plan.add(TensorSlot{by_row ? nullptr : "b_scale"});
+  plan.add(TensorSlot{bf16 ? nullptr : "out"});
+  plan.add(TensorSlot{problem.c ? "c" : nullptr});
+  plan.add(int32_t{problem.c == DType::kBF16});
+  plan.add(int32_t{problem.c_pitch});
+  plan.add(int32_t{problem.m});
+  plan.add(int32_t{problem.n});
+  plan.add(int32_t{problem.k});
+  plan.add(int32_t{config.order.tiles_m});
+  plan.add(int32_t{config.order.tiles_n});
+  plan.add(int32_t{config.order.band});
+  return plan;
+}
+
+}  // namespace fastfp8::gemm

@@ -1,0 +1,36 @@
+// The question that a GEMM call asks.
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "../common/tensor_view.h"
+#include "config.h"
+
+namespace fastfp8::gemm {
+
+// out[M, N] = A[M, K] B[N, K]^T (+ C), checked: every number here is one that the kernels can serve.
+struct GemmProblem {
+  int m, n, k;
+  BScales b_scales;
+  DType out;                             // kBF16 or kF32
+  std::optional<DType> c;                // kBF16 or kF32, if there is one
+  int64_t a_pitch, b_pitch;              // bytes from row to row of the codes
+  int64_t a_scale_pitch, b_scale_pitch;  // floats from one k-block to the next ((1, 128) scales are column-major)
+  int c_pitch;                           // elements from row to row
+  int num_sms;
+
+  std::string str() const;
+};
+
+struct GemmOperands {
+  TensorView a, a_scale, b, b_scale;
+  std::optional<TensorView> c;
+  int64_t b_block_rows, b_block_columns;
+  DType out;
+};
+
+// Raises std::runtime_error that names the argument unless the operands fit together and the kernels can read them.
+GemmProblem make_problem(const GemmOperands& operands, int num_sms);
+
+}  // namespace fastfp8::gemm

@@ -1,0 +1,62 @@
+"""Builds the kernels (PTX and cubin, shipped as data) and the extension, which links neither CUDA nor libtorch_cuda."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_support"))
+
+import kernels  # noqa: E402
+
+# The stable ABI of torch 2.10: one extension for every torch from there on, CPU or CUDA build.
+TORCH_TARGET_VERSION = "0x020a000000000000"
+
+
+class BuildExtension(build_ext):
+    def build_extensions(self) -> None:
+        import pybind11
+        import torch
+        from torch.utils.cpp_extension import include_paths
+
+        toolkit = kernels.find_toolkit()
+        package = ROOT if self.inplace else Path(self.build_lib)
+        kernels.build(package / "fastfp8" / "kernels", toolkit)
+        for extension in self.extensions:
+            extension.include_dirs = [*include_paths(), pybind11.get_include(), str(toolkit.include)]
+            extension.library_dirs = [str(Path(torch.__file__).parent / "lib")]
+            extension.define_macros = [
+                ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
+                ("FASTFP8_VERSION", f'"{self.distribution.get_version()}"'),
+            ]
+        super().build_extensions()
+        print(f"built fastfp8._C against torch {torch.__version__}", flush=True)
+
+
+sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*/*.cpp"))
+headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*/*.h"))
+
+setup(
+    ext_modules=[
+        Extension(
+            "fastfp8._C",
+            sources,
+            depends=headers,
+            libraries=["torch_cpu", "dl"],
+            extra_compile_args=[
+                "-std=c++20",
+                "-O2",
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+                "-Wno-unused-parameter",
+            ],
+            language="c++",
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+)
