@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -11,7 +12,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_support"))
 
-import kernels  # noqa: E402
+import build_kernels  # noqa: E402
 
 # The stable ABI of torch 2.10: one extension for every torch from there on, CPU or CUDA build.
 TORCH_TARGET_VERSION = "0x020a000000000000"
@@ -23,9 +24,12 @@ class BuildExtension(build_ext):
         import torch
         from torch.utils.cpp_extension import include_paths
 
-        toolkit = kernels.find_toolkit()
+        header = Path(sysconfig.get_path("include")) / "Python.h"
+        if not header.exists():
+            raise build_kernels.BuildError(f"no {header}: install this Python's headers (Debian: python3-dev)")
+        toolkit = build_kernels.find_toolkit()
         package = ROOT if self.inplace else Path(self.build_lib)
-        kernels.build(package / "fastfp8" / "kernels", toolkit)
+        build_kernels.build(package / "fastfp8" / "kernels", toolkit)
         for extension in self.extensions:
             extension.include_dirs = [*include_paths(), pybind11.get_include(), str(toolkit.include)]
             extension.library_dirs = [str(Path(torch.__file__).parent / "lib")]

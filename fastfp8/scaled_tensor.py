@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -119,10 +119,14 @@ class ScaledTensor:
         return cls(data, scale, as_block(block.tolist(), _NAME, allowed=BLOCKS))
 
 
-pytree.register_pytree_node(
-    ScaledTensor,
-    lambda t: ([t.data, t.scale], t.block),
-    lambda leaves, block: ScaledTensor._trusted(*leaves, block=block),
-    serialized_type_name="fastfp8.ScaledTensor",
-)
+def _flatten(t: ScaledTensor) -> tuple[list[Any], Block]:
+    return [t.data, t.scale], t.block
+
+
+def _unflatten(leaves: Iterable[Any], block: Block) -> ScaledTensor:
+    data, scale = leaves
+    return ScaledTensor._trusted(data, scale, block)
+
+
+pytree.register_pytree_node(ScaledTensor, _flatten, _unflatten, serialized_type_name="fastfp8.ScaledTensor")
 torch.serialization.add_safe_globals([ScaledTensor])

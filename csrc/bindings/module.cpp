@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
+
 #include "../common/driver.h"
 #include "../gemm/plan.h"
 #include "gemm_op.h"
@@ -145,6 +147,15 @@ PYBIND11_MODULE(_C, module) {
         return list;
       },
       "(name, compute capability major, minor, SMs) of each GPU.");
+  module.def(
+      "launch",
+      [](const LaunchPlan& plan, const std::map<std::string, uint64_t>& addresses, uint64_t stream) {
+        std::vector<driver::Binding> bindings;
+        for (const auto& [slot, address] : addresses) bindings.push_back({slot.c_str(), address});
+        driver::launch(plan, bindings.data(), static_cast<int>(bindings.size()), reinterpret_cast<void*>(stream));
+      },
+      py::arg("plan"), py::arg("addresses"), py::arg("stream") = 0,
+      "Launch a plan with these device addresses bound to its slots, on a CUstream of the current context.");
   module.def("gemm_sm90_unusable_reason", &gemm_sm90_unusable_reason, "'' if the sm_90a GEMM runs on this device.");
   module.def("set_triton_unusable_reason", &set_triton_unusable_reason);
   module.def("set_kernel_directory", &driver::set_kernel_directory);

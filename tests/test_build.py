@@ -1,0 +1,187 @@
+"""What the build made: PTX, cubins, their budgets, and an extension that links neither CUDA nor a CUDA libtorch."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import build_kernels as build
+import pytest
+
+import fastfp8
+from fastfp8 import _C, backends
+from fastfp8.backends import KERNELS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+BUILT = backends.built_kernels()
+ALL = [(module, kernel) for module, kernels in BUILT["modules"].items() for kernel in kernels]
+
+
+def test_every_instantiation_was_built():
+    sources = sorted(p.stem for p in (ROOT / "csrc").glob("*/instantiations/*.cu"))
+    assert sorted(BUILT["modules"]) == sources
+    assert len(ALL) == 12
+    for module in sources:
+        assert ".target sm_90a" in (KERNELS / f"{module}.ptx").read_text()
+        assert (KERNELS / f"{module}.cubin").read_bytes()[:4] == b"\x7fELF"
+
+
+@pytest.mark.parametrize(("module", "kernel"), ALL)
+def test_register_budget(module, kernel):
+    """No stack and no spill; 168 registers a thread is what 384 threads leave, and setmaxnreg shares out anew."""
+    use = BUILT["modules"][module][kernel]
+    assert use == {"registers": 168, "stack": 0, "spill_bytes": 0}
+
+
+def nvdisasm():
+    """It comes inside the triton package."""
+    found = sorted(Path(find_spec("triton").origin).parent.rglob("nvdisasm")) if find_spec("triton") else []
+    program = str(found[0]) if found else shutil.which("nvdisasm")
+    if program is None:
+        pytest.skip("no nvdisasm: it comes with the triton package or a CUDA toolkit")
+    return program
+
+
+def sass(module, kernel):
+    text = subprocess.run(
+        [nvdisasm(), "-c", KERNELS / f"{module}.cubin"], capture_output=True, text=True, check=True
+    ).stdout
+    section = re.search(rf"\.section\s+\.text\.{kernel},.*?(?=\.section\s|\Z)", text, re.S)[0]
+    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", section, re.M)
+
+
+@pytest.mark.parametrize(("module", "kernel"), ALL)
+def test_sass_of_the_mainloop(module, kernel):
+    """Four wgmma a k-block, one FFMA a product to promote and no more multiplications than the scales need."""
+    tile_n = int(kernel.rsplit("_n", 1)[1])
+    code = sass(module, kernel)
+    count = Counter(name.split(".")[0] for name, _ in code)
+    assert count["LDL"] + count["STL"] == 0, "local memory"
+    matrix = [name + rest for name, rest in code if name.startswith("QGMMA")]
+    assert len(matrix) == 4
+    assert all(f"QGMMA.64x{tile_n}x32.F32.E4M3.E4M3" in line for line in matrix)
+    assert "!UPT" in matrix[0], "the first of a k-block starts from zero"
+    assert all("!UPT" not in line for line in matrix[1:])
+    assert count["FFMA"] == tile_n // 2, "promotion: one FFMA for each of a thread's accumulators"
+    by_row = "_row_" in kernel
+    assert count["FMUL"] == (tile_n // 2 if by_row else 2), "scale_a * scale_b"
+    assert count["UTMALDG"] == (4 if by_row else 3)
+    assert count["UTMASTG"] == (0 if "_f32_" in kernel else max(1, tile_n // 64))
+    assert count["STSM"] == (0 if "_f32_" in kernel else tile_n // 16)
+    assert count["USETMAXREG"] >= 2
+
+
+def test_the_build_refuses_local_memory_and_serialised_wgmma():
+    good = {"kernel": {"registers": 168, "stack": 0, "spill_bytes": 0}}
+    build.check_kernels(good, "ptxas info    : Used 168 registers")
+    for spoilt in ({"stack": 8}, {"spill_bytes": 4}):
+        with pytest.raises(build.BuildError, match="local memory"):
+            build.check_kernels({"kernel": {**good["kernel"], **spoilt}}, "")
+    log = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
+    with pytest.raises(build.BuildError, match="C7510"):
+        build.check_kernels(good, log)
+
+
+def test_usage_is_read_from_ptxas():
+    log = (
+        "ptxas info    : Compiling entry function 'k1' for 'sm_90a'\n"
+        "ptxas info    : Function properties for k1\n"
+        "    16 bytes stack frame, 4 bytes spill stores, 8 bytes spill loads\n"
+        "ptxas info    : Used 168 registers, used 1 barriers\n"
+        "ptxas info    : Compiling entry function 'k2' for 'sm_90a'\n"
+        "    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+        "ptxas info    : Used 40 registers\n"
+    )
+    assert build._usage(log) == {
+        "k1": {"registers": 168, "stack": 16, "spill_bytes": 12},
+        "k2": {"registers": 40, "stack": 0, "spill_bytes": 0},
+    }
+
+
+def fake_nvcc(folder, version):
+    folder.mkdir(parents=True)
+    program = folder / "nvcc"
+    program.write_text(
+        f'#!/bin/sh\ncase "$1" in\n--version) echo "Cuda compilation tools, release X, V{version}";;\n'
+        f'*) echo "#$ TOP={folder.parent}" >&2;;\nesac\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
+def test_nvcc_is_looked_for_in_order(tmp_path, monkeypatch):
+    """CUDA_HOME before PATH; one that is too old is passed over."""
+    home, old, new = tmp_path / "home", tmp_path / "old", tmp_path / "new"
+    fake_nvcc(home / "bin", "13.1.1")
+    fake_nvcc(old / "bin", "12.4.9")
+    fake_nvcc(new / "bin", "12.8.3")
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    monkeypatch.setenv("PATH", f"{new / 'bin'}:/usr/bin:/bin")
+    assert (build.find_toolkit().source, build.find_toolkit().version) == ("CUDA_HOME", "13.1.1")
+    assert build.find_toolkit().root == home
+    monkeypatch.setenv("CUDA_HOME", str(old))
+    assert (build.find_toolkit().source, build.find_toolkit().version) == ("PATH", "12.8.3")
+
+
+def test_without_any_nvcc_the_build_says_what_it_tried(tmp_path, monkeypatch):
+    fake_nvcc(tmp_path / "old" / "bin", "12.4.9")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "old"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "WHEELS", ["no-such-wheel-of-nvcc==0"])
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(build.BuildError) as raised:
+        build.find_toolkit()
+    for part in ("12.8 or newer", "CUDA_HOME: nvcc 12.4.9 is older", "installed NVIDIA wheels: no", "PyPI: pip failed"):
+        assert part in str(raised.value)
+
+
+def test_kernels_are_rebuilt_only_when_something_changed(tmp_path, monkeypatch):
+    toolkit = build.Toolkit(Path("nvcc"), "test", "13.0.88", Path("/"))
+    calls = []
+    monkeypatch.setattr(build, "_compile", lambda source, *_: calls.append(source.stem) or {})
+    build.build(tmp_path, toolkit)
+    assert len(calls) == 4
+    build.build(tmp_path, toolkit)
+    assert len(calls) == 4, "nothing changed"
+    assert json.loads((tmp_path / "build.json").read_text())["nvcc"] == "13.0.88"
+    build.build(tmp_path, build.Toolkit(Path("nvcc"), "test", "13.1.0", Path("/")))
+    assert len(calls) == 8, "another nvcc"
+
+
+def test_extension_links_nothing_of_cuda():
+    if shutil.which("readelf") is None:
+        pytest.skip("no readelf (binutils)")
+    dynamic = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
+    needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic)
+    assert "libtorch_cpu.so" in needed
+    assert not [name for name in needed if re.search(r"cuda|cudart|nvrtc|torch_python|libc10", name)]
+    symbols = subprocess.run(["readelf", "-Ws", "--dyn-syms", _C.__file__], capture_output=True, text=True, check=True)
+    undefined = re.findall(r"UND\s+(\S+)", symbols.stdout)
+    cplusplus = [name for name in undefined if re.match(r"_ZN?K?\d*(2at|3c10|5torch)", name)]
+    assert not cplusplus, "only the stable C shim of libtorch may be used"
+
+
+def test_report_says_what_is_usable_and_why_not():
+    done = subprocess.run([sys.executable, "-m", "fastfp8"], capture_output=True, text=True, cwd=ROOT, check=True)
+    text = done.stdout
+    assert f"fastfp8      {fastfp8.__version__}" in text
+    assert BUILT["nvcc"] in text
+    for op in backends.OPS:
+        assert re.search(rf"^{op} +reference \(CPU\) +yes$", text, re.M)
+        assert re.search(rf"^{op} +Triton +(yes|no: \S.+)$", text, re.M)
+    assert re.search(r"^gemm +CUDA sm_90a +(yes|no: \S.+)$", text, re.M)
+    for _, kernel in ALL:
+        assert kernel in text
+
+
+def test_without_a_gpu_the_reasons_name_what_is_missing():
+    if _C.driver_unusable_reason() == "":
+        pytest.skip("this machine has a usable GPU")
+    assert backends.usable()["gemm"]["CUDA sm_90a"] == _C.driver_unusable_reason()
+    assert _C.gemm_sm90_unusable_reason(0) == _C.driver_unusable_reason()
