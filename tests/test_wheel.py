@@ -48,7 +48,7 @@ def wheel(tmp_path_factory):
 @pytest.mark.download
 @pytest.mark.timeout(3000)
 def test_wheel_of_a_cpu_torch_runs_under_a_cuda_torch(wheel, tmp_path):
-    """Built against the torch of this environment, run under torch 2.11.0 of PyPI, a CUDA build, in a new environment."""
+    """Built against the torch of this environment, run in a new one under torch 2.11.0 of PyPI, a CUDA build."""
     venv.create(tmp_path, with_pip=True)
     python = tmp_path / "bin" / "python"
     pip(python, "torch==2.11.0", "numpy")
