@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (its libraries must be loaded before _C is)
 
-from . import _C, backends  # _C registers the schemas of torch.ops.fastfp8.*
+from . import _C, backends, nn  # _C registers the schemas of torch.ops.fastfp8.*
 from .ops.dequantize import dequantize
 from .ops.gemm import gemm
 from .ops.quantize import quantize
@@ -12,4 +12,4 @@ __version__ = _C.version
 
 backends.announce()
 
-__all__ = ["ScaledTensor", "dequantize", "gemm", "quantize"]
+__all__ = ["ScaledTensor", "dequantize", "gemm", "nn", "quantize"]

@@ -23,10 +23,21 @@ def message(op: str, argument: str, expected: str, got: object) -> str:
     return f"fastfp8.{op}: argument '{argument}': expected {expected}, got {got}"
 
 
+def value_error(op: str, argument: str, expected: str, got: object) -> ArgumentValueError:
+    """To be raised where a check fails. On hot paths, so that the message is only built then."""
+    return ArgumentValueError(message(op, argument, expected, got))
+
+
 def check_value(condition: Any, op: str, argument: str, expected: str, got: object) -> None:
     """Raise ArgumentValueError unless ``condition`` holds."""
     if not condition:
-        raise ArgumentValueError(message(op, argument, expected, got))
+        raise value_error(op, argument, expected, got)
+
+
+def check_type(value: Any, kind: type | tuple[type, ...], op: str, argument: str, expected: str) -> None:
+    """Raise ArgumentTypeError unless ``value`` is of ``kind``."""
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(message(op, argument, expected, f"{type(value).__name__} {value!r:.40}"))
 
 
 def check_tensor(value: Any, op: str, argument: str, dtypes: tuple[torch.dtype, ...], dim: int = 2) -> None:
@@ -36,18 +47,19 @@ def check_tensor(value: Any, op: str, argument: str, dtypes: tuple[torch.dtype, 
     if value.dtype not in dtypes:
         names = " or ".join(str(d) for d in dtypes)
         raise ArgumentTypeError(message(op, argument, f"dtype {names}", value.dtype))
-    check_value(value.dim() == dim, op, argument, f"{dim} dimensions", f"shape {tuple(value.shape)}")
-    check_value(value.layout == torch.strided, op, argument, "a dense (strided) tensor", f"layout {value.layout}")
+    if value.dim() != dim:
+        raise value_error(op, argument, f"{dim} dimensions", f"shape {tuple(value.shape)}")
+    if value.layout != torch.strided:
+        raise value_error(op, argument, "a dense (strided) tensor", f"layout {value.layout}")
 
 
 def check_dtype(value: Any, op: str, argument: str, dtypes: tuple[torch.dtype, ...]) -> None:
     """Raise unless ``value`` is one of ``dtypes``."""
-    if value not in dtypes:
+    if not isinstance(value, torch.dtype) or value not in dtypes:
         names = " or ".join(str(d) for d in dtypes)
         raise ArgumentTypeError(message(op, argument, names, value))
 
 
 def check_device(value: torch.Tensor, op: str, argument: str, like: torch.Tensor, like_name: str) -> None:
-    check_value(
-        value.device == like.device, op, argument, f"device {like.device}, where '{like_name}' is", value.device
-    )
+    if value.device != like.device:
+        raise value_error(op, argument, f"device {like.device}, where '{like_name}' is", value.device)

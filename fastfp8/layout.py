@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from .errors import check_value
+from .errors import value_error
 
 BLOCK = 128
 Block = tuple[int, int]
@@ -38,9 +38,10 @@ def pad4(n: int) -> int:
 
 def as_block(block: object, op: str, argument: str = "block", allowed: tuple[Block, ...] = BLOCKS) -> Block:
     """``block`` as a tuple of two ints, or an error that lists the allowed ones."""
-    value = tuple(block) if isinstance(block, (tuple, list, torch.Size)) else block
-    check_value(value in allowed, op, argument, " or ".join(map(str, allowed)), block)
-    return (int(value[0]), int(value[1]))  # type: ignore[index]
+    value = tuple(block) if isinstance(block, (tuple, list)) else ()
+    if value not in allowed or not all(isinstance(extent, (int, torch.SymInt)) for extent in value):
+        raise value_error(op, argument, " or ".join(map(str, allowed)), block)
+    return int(value[0]), int(value[1])
 
 
 def scale_shape(rows: int, cols: int, block: Block) -> tuple[int, int]:
@@ -65,6 +66,8 @@ def empty_scale(like: torch.Tensor, shape: tuple[int, int], block: Block) -> tor
 def has_scale_layout(scale: torch.Tensor, block: Block) -> bool:
     """Whether the strides of ``scale`` are those of ``block``; the stride of an extent of 1 or 0 does not matter."""
     inner, outer = (0, 1) if block == (1, BLOCK) else (1, 0)
+    if scale.numel() == 0:
+        return True
     if scale.shape[inner] > 1 and scale.stride(inner) != 1:
         return False
     if scale.shape[outer] <= 1:

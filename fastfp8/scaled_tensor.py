@@ -77,6 +77,8 @@ class ScaledTensor:
 
     def __repr__(self) -> str:
         rows, cols = self.block
+        if not isinstance(self.data, torch.Tensor):  # what a tree_map may leave
+            return f"ScaledTensor({self.data!r}, {self.scale!r}, {rows}x{cols} blocks)"
         return f"ScaledTensor({tuple(self.shape)}, {rows}x{cols} blocks, {self.data.dtype}, {self.device})"
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -88,7 +90,10 @@ class ScaledTensor:
     def t(self) -> ScaledTensor:
         """The [C, R] transpose with its block turned. The data is a view: a GEMM needs :meth:`contiguous` after it. The
         scale is a view too, but for (128, 128) blocks, whose small scale is copied into its layout."""
-        return ScaledTensor(self.data.t(), self.scale.t(), (self.block[1], self.block[0]))
+        scale = self.scale.t()
+        if self.block[0] == self.block[1]:
+            scale = scale.contiguous()
+        return ScaledTensor._trusted(self.data.t(), scale, (self.block[1], self.block[0]))
 
     def contiguous(self) -> ScaledTensor:
         """Itself if the data is row-major already, else with a row-major copy of the data."""
@@ -125,6 +130,10 @@ def _flatten(t: ScaledTensor) -> tuple[list[Any], Block]:
 
 def _unflatten(leaves: Iterable[Any], block: Block) -> ScaledTensor:
     data, scale = leaves
+    block = (block[0], block[1])  # a list, where the spec has been through JSON
+    # A tree_map of clone or of an operation drops the padding of a scale.
+    if isinstance(scale, torch.Tensor) and scale.dim() == 2 and not has_scale_layout(scale, block):
+        scale = empty_scale(scale, (scale.shape[0], scale.shape[1]), block).copy_(scale)
     return ScaledTensor._trusted(data, scale, block)
 
 

@@ -28,7 +28,7 @@ void check_tensor(const char* name, const TensorView& tensor, DType dtype, int d
 int64_t check_row_major(const char* name, const TensorView& tensor) {
   const int64_t size = size_of(tensor.dtype);
   const bool contiguous = tensor.sizes[1] <= 1 || tensor.strides[1] == 1;
-  const bool aligned = tensor.sizes[0] <= 1 || tensor.strides[0] * size % kAlignment == 0;
+  const bool aligned = tensor.sizes[0] <= 1 || tensor.sizes[1] == 0 || tensor.strides[0] * size % kAlignment == 0;
   FASTFP8_CHECK_ARGUMENT(contiguous && aligned && tensor.strides[0] >= 0, kOp, name,
                          "row-major data, rows 16 bytes apart or a multiple", "stride " << PrintPair{tensor.strides});
   return tensor.sizes[0] <= 1 ? round_up(tensor.sizes[1] * size, kAlignment) : tensor.strides[0] * size;
@@ -40,6 +40,7 @@ int64_t check_row_scale(const char* name, const TensorView& scale, int64_t rows,
   FASTFP8_CHECK_ARGUMENT(scale.sizes == shape, kOp, name,
                          "shape " << PrintPair{shape} << ", one scale for each (1, 128) block",
                          "shape " << PrintPair{scale.sizes});
+  if (rows * k_blocks == 0) return 0;
   const bool inner = rows <= 1 || scale.strides[0] == 1;
   const bool outer = k_blocks <= 1 || (scale.strides[1] % 4 == 0 && scale.strides[1] >= rows);
   FASTFP8_CHECK_ARGUMENT(inner && outer, kOp, name, "stride (1, a multiple of 4 not below the number of rows)",
@@ -52,6 +53,7 @@ int64_t check_block_scale(const char* name, const TensorView& scale, int64_t row
   FASTFP8_CHECK_ARGUMENT(scale.sizes == shape, kOp, name,
                          "shape " << PrintPair{shape} << ", one scale for each (128, 128) block",
                          "shape " << PrintPair{scale.sizes});
+  if (shape[0] * k_blocks == 0) return 0;
   const bool contiguous = (k_blocks <= 1 || scale.strides[1] == 1) && (shape[0] <= 1 || scale.strides[0] == k_blocks);
   FASTFP8_CHECK_ARGUMENT(contiguous, kOp, name, "a contiguous tensor", "stride " << PrintPair{scale.strides});
   return k_blocks;

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentTypeError, check_device, check_dtype, check_tensor, check_value, message
+from ..errors import ArgumentTypeError, check_device, check_dtype, check_tensor, message, value_error
 from ..layout import Block, as_block, has_scale_layout, scale_layout_name, scale_shape
 from ..reference.dequantize import dequantize as reference_dequantize
 from ..scaled_tensor import ScaledTensor
@@ -31,26 +31,27 @@ def dequantize(t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """
     if not isinstance(t, ScaledTensor):
         raise ArgumentTypeError(message(_OP, "t", "a fastfp8.ScaledTensor", type(t).__name__))
+    check_dtype(dtype, _OP, "dtype", OUTPUT_DTYPES)
     out: Tensor = torch.ops.fastfp8.dequantize(t.data, t.scale, t.block, dtype)
     return out
 
 
-def check_scaled(op: str, name: str, data: Tensor, scale: Tensor, block: Block) -> None:
-    """Raise unless arguments ``name`` and ``{name}_scale`` of ``op`` make a ScaledTensor of ``block``."""
+def check_scaled(op: str, name: str, data: Tensor, scale_name: str, scale: Tensor, block: Block) -> None:
+    """Raise unless arguments ``name`` and ``scale_name`` of ``op`` make a ScaledTensor of ``block``."""
     check_tensor(data, op, name, (torch.float8_e4m3fn,))
-    check_tensor(scale, op, f"{name}_scale", (torch.float32,))
-    check_device(scale, op, f"{name}_scale", data, name)
-    shape = scale_shape(data.shape[0], data.shape[1], block)
-    got = tuple(scale.shape)
-    check_value(got == shape, op, f"{name}_scale", f"shape {shape}, one scale for each {block} block", f"shape {got}")
-    layout = has_scale_layout(scale, block)
-    check_value(layout, op, f"{name}_scale", scale_layout_name(block), f"stride {tuple(scale.stride())}")
+    check_tensor(scale, op, scale_name, (torch.float32,))
+    check_device(scale, op, scale_name, data, name)
+    shape, got = scale_shape(data.shape[0], data.shape[1], block), tuple(scale.shape)
+    if got != shape:
+        raise value_error(op, scale_name, f"shape {shape}, one scale for each {block} block", f"shape {got}")
+    if not has_scale_layout(scale, block):
+        raise value_error(op, scale_name, scale_layout_name(block), f"stride {tuple(scale.stride())}")
 
 
 def _check(data: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype) -> Block:
     checked = as_block(block, _OP)
     check_dtype(dtype, _OP, "dtype", OUTPUT_DTYPES)
-    check_scaled(_OP, "data", data, scale, checked)
+    check_scaled(_OP, "data", data, "scale", scale, checked)
     return checked
 
 

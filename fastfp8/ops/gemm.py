@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentTypeError, check_device, check_dtype, check_tensor, check_value, message
+from ..errors import ArgumentTypeError, check_device, check_dtype, check_tensor, message, value_error
 from ..layout import BLOCK, Block, as_block
 from ..reference.gemm import gemm as reference_gemm
 from ..scaled_tensor import ScaledTensor
@@ -52,7 +52,12 @@ def gemm(
     for name, operand in (("a", a), ("b", b)):
         if not isinstance(operand, ScaledTensor):
             raise ArgumentTypeError(message(_OP, name, "a fastfp8.ScaledTensor", type(operand).__name__))
-    check_value(a.block == A_BLOCK, _OP, "a", f"blocks of {A_BLOCK}", f"blocks of {a.block}")
+    for name, operand, blocks in (("a", a, (A_BLOCK,)), ("b", b, B_BLOCKS)):
+        if operand.block not in blocks:
+            raise value_error(_OP, name, "blocks of " + " or ".join(map(str, blocks)), f"blocks of {operand.block}")
+    check_dtype(out_dtype, _OP, "out_dtype", OUTPUT_DTYPES)
+    if c is not None:
+        check_tensor(c, _OP, "c", OUTPUT_DTYPES)
     out: Tensor = torch.ops.fastfp8.gemm(a.data, a.scale, b.data, b.scale, b.block, out_dtype, c)
     return out
 
@@ -61,9 +66,10 @@ def _check_rows(name: str, data: Tensor) -> None:
     """Row-major, rows apart by a multiple of 16 bytes: what TMA and vector loads ask for."""
     rows, cols = data.shape
     contiguous = cols <= 1 or data.stride(1) == 1
-    aligned = rows <= 1 or data.stride(0) * data.element_size() % 16 == 0
-    expected = "row-major data, rows 16 bytes apart or a multiple"
-    check_value(contiguous and aligned, _OP, name, expected, f"stride {tuple(data.stride())}")
+    aligned = rows <= 1 or cols == 0 or data.stride(0) * data.element_size() % 16 == 0
+    if not (contiguous and aligned):
+        expected = "row-major data, rows 16 bytes apart or a multiple"
+        raise value_error(_OP, name, expected, f"stride {tuple(data.stride())}")
 
 
 def _check(
@@ -77,21 +83,25 @@ def _check(
 ) -> Block:
     block = as_block(b_block, _OP, "b_block", B_BLOCKS)
     check_dtype(out_dtype, _OP, "out_dtype", OUTPUT_DTYPES)
-    check_scaled(_OP, "a", a, a_scale, A_BLOCK)
-    check_scaled(_OP, "b", b, b_scale, block)
+    check_scaled(_OP, "a", a, "a_scale", a_scale, A_BLOCK)
+    check_scaled(_OP, "b", b, "b_scale", b_scale, block)
     check_device(b, _OP, "b", a, "a")
     (m, k), (n, b_k) = a.shape, b.shape
-    check_value(b_k == k, _OP, "b", f"K = {k} columns, as 'a' has", f"shape {tuple(b.shape)}")
-    check_value(k % K_ALIGNMENT == 0, _OP, "a", f"K a multiple of {K_ALIGNMENT}", f"K = {k}")
-    check_value(n % N_ALIGNMENT == 0, _OP, "b", f"N a multiple of {N_ALIGNMENT}", f"N = {n}")
+    if b_k != k:
+        raise value_error(_OP, "b", f"K = {k} columns, as 'a' has", f"shape {tuple(b.shape)}")
+    if k % K_ALIGNMENT:
+        raise value_error(_OP, "a", f"K a multiple of {K_ALIGNMENT}", f"K = {k}")
+    if n % N_ALIGNMENT:
+        raise value_error(_OP, "b", f"N a multiple of {N_ALIGNMENT}", f"N = {n}")
     for name, data in (("a", a), ("b", b)):
         _check_rows(name, data)
-        apart = data.shape[0] <= 1 or data.stride(0) >= k
-        check_value(apart, _OP, name, "rows that do not overlap", f"stride {tuple(data.stride())}")
+        if data.shape[0] > 1 and data.stride(0) < k:
+            raise value_error(_OP, name, "rows that do not overlap", f"stride {tuple(data.stride())}")
     if c is not None:
         check_tensor(c, _OP, "c", OUTPUT_DTYPES)
         check_device(c, _OP, "c", a, "a")
-        check_value(tuple(c.shape) == (m, n), _OP, "c", f"shape {(m, n)}", f"shape {tuple(c.shape)}")
+        if tuple(c.shape) != (m, n):
+            raise value_error(_OP, "c", f"shape {(m, n)}", f"shape {tuple(c.shape)}")
         _check_rows("c", c)
     return block
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import check_tensor, check_value
+from ..errors import check_tensor, check_type, check_value
 from ..layout import BLOCK, Block, as_block, empty_scale, scale_shape
 from ..reference.quantize import quantize as reference_quantize
 from ..scaled_tensor import ScaledTensor
@@ -35,17 +34,21 @@ def quantize(x: Tensor, block: Sequence[int] = (1, BLOCK), *, pow2: bool = False
         ScaledTensor of ``data`` [R, C], row-major, and ``scale`` [ceil(R / block[0]), ceil(C / block[1])].
 
     Raises:
-        TypeError: ``x`` is not a tensor of such a dtype.
+        TypeError: ``x`` is not a tensor of such a dtype, ``pow2`` is no bool, or ``eps`` no number.
         ValueError: ``x`` is not 2-D, the block is another, or ``eps`` is negative or not finite.
     """
-    checked = _check(x, block, eps)
+    checked = as_block(block, _OP)
+    if not torch.compiler.is_compiling():  # there the fake implementation checks: Dynamo cannot trace all of it
+        check_type(pow2, bool, _OP, "pow2", "a bool")
+        check_type(eps, (float, int), _OP, "eps", "a number")
+        _check(x, checked, eps)
     data, scale = torch.ops.fastfp8.quantize(x, checked, pow2, eps)
     return ScaledTensor._trusted(data, scale, checked)
 
 
 def _check(x: Tensor, block: Sequence[int], eps: float) -> Block:
     check_tensor(x, _OP, "x", INPUT_DTYPES)
-    check_value(math.isfinite(eps) and 0 <= eps < 2.0**100, _OP, "eps", "a number from 0 up to 2**100", eps)
+    check_value(0 <= eps < 2.0**100, _OP, "eps", "a number from 0 up to 2**100", eps)
     return as_block(block, _OP)
 
 

@@ -18,10 +18,11 @@ def gemm(
     out_dtype: torch.dtype,
     c: Tensor | None,
 ) -> Tensor:
-    """See :func:`fastfp8.gemm`; arguments are checked already. FP32 product of the dequantised operands, rounded once."""
+    """See :func:`fastfp8.gemm`; arguments are checked already. The FP32 product of the dequantised operands."""
     left = dequantize(a, a_scale, (1, BLOCK), torch.float32)
     right = dequantize(b, b_scale, b_block, torch.float32)
-    out = left @ right.t()
+    with torch.autocast("cpu", enabled=False):  # which would make it a BF16 product
+        out = left @ right.t()
     if c is not None:
         out += c
     return out.to(out_dtype)

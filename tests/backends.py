@@ -1,0 +1,169 @@
+"""The backends that one test body runs over: the CPU reference, the Triton kernels interpreted, a GPU.
+
+Each takes and returns CPU tensors. ``backend_params()`` makes pytest parameters of them, with a reason where one cannot
+run here.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastfp8
+from fastfp8 import ScaledTensor
+from fastfp8.layout import BLOCK, Block, has_scale_layout
+
+
+class Backend(Protocol):
+    """The public functions of fastfp8, with its signatures."""
+
+    def quantize(
+        self, x: Tensor, block: Block = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0
+    ) -> ScaledTensor: ...
+
+    def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor: ...
+
+    def gemm(
+        self, a: ScaledTensor, b: ScaledTensor, *, out_dtype: torch.dtype = torch.bfloat16, c: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class Reference:
+    """The ops on CPU tensors."""
+
+    quantize = staticmethod(fastfp8.quantize)
+    dequantize = staticmethod(fastfp8.dequantize)
+    gemm = staticmethod(fastfp8.gemm)
+
+
+class TritonInterpreter:
+    """The Triton kernels and their host functions on CPU tensors, after the checks that the ops make."""
+
+    def __init__(self) -> None:
+        from interpreter import interpreted
+
+        from fastfp8.triton_kernels import dequantize, gemm, quantize
+
+        self._quantize, self._dequantize, self._gemm = quantize.quantize, dequantize.dequantize, gemm.gemm
+        self._interpreted = interpreted
+
+    def quantize(self, x: Tensor, block: Block = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0) -> ScaledTensor:
+        with self._interpreted():
+            return ScaledTensor._trusted(*self._quantize(x, block, pow2, eps), block)
+
+    def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        with self._interpreted():
+            return self._dequantize(t.data, t.scale, t.block, dtype)
+
+    def gemm(
+        self, a: ScaledTensor, b: ScaledTensor, *, out_dtype: torch.dtype = torch.bfloat16, c: Tensor | None = None
+    ) -> Tensor:
+        with self._interpreted():
+            return self._gemm(a.data, a.scale, b.data, b.scale, b.block, out_dtype, c)
+
+
+def _on_gpu(t: Tensor) -> Tensor:
+    """A copy on the GPU with the strides of ``t``, which ``Tensor.cuda`` keeps for dense tensors only."""
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda").copy_(t)
+
+
+def _scaled_on_gpu(t: ScaledTensor) -> ScaledTensor:
+    return ScaledTensor._trusted(_on_gpu(t.data), _on_gpu(t.scale), t.block)
+
+
+class Cuda:
+    """The ops on a GPU."""
+
+    def quantize(self, x: Tensor, block: Block = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0) -> ScaledTensor:
+        t = fastfp8.quantize(_on_gpu(x), block, pow2=pow2, eps=eps)
+        assert has_scale_layout(t.scale, block)  # here, because the copy to the CPU would mend it
+        return t.to("cpu")
+
+    def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return fastfp8.dequantize(_scaled_on_gpu(t), dtype).cpu()
+
+    def gemm(
+        self, a: ScaledTensor, b: ScaledTensor, *, out_dtype: torch.dtype = torch.bfloat16, c: Tensor | None = None
+    ) -> Tensor:
+        c = None if c is None else _on_gpu(c)
+        return fastfp8.gemm(_scaled_on_gpu(a), _scaled_on_gpu(b), out_dtype=out_dtype, c=c).cpu()
+
+
+class CudaTriton(Cuda):
+    """As Cuda, but gemm in Triton where Hopper would take the sm_90a kernel."""
+
+    def gemm(
+        self, a: ScaledTensor, b: ScaledTensor, *, out_dtype: torch.dtype = torch.bfloat16, c: Tensor | None = None
+    ) -> Tensor:
+        left, right = _scaled_on_gpu(a), _scaled_on_gpu(b)
+        c = None if c is None else _on_gpu(c)
+        operands = (left.data, left.scale, right.data, right.scale, right.block)
+        return torch.ops.fastfp8._gemm_triton(*operands, out_dtype, c).cpu()
+
+
+def _no_gpu() -> str | None:
+    return None if torch.cuda.is_available() else "torch sees no NVIDIA GPU"
+
+
+class _Entry(NamedTuple):
+    factory: Callable[[], Backend]
+    why_not: Callable[[], str | None]
+    marks: tuple[Any, ...] = ()
+
+
+BACKENDS: dict[str, _Entry] = {
+    "reference": _Entry(Reference, lambda: None),
+    "triton_interpreter": _Entry(
+        TritonInterpreter, lambda: None if importlib.util.find_spec("triton") else "triton is not installed"
+    ),
+    "cuda": _Entry(Cuda, _no_gpu, (pytest.mark.cuda,)),
+    "cuda_triton": _Entry(CudaTriton, _no_gpu, (pytest.mark.cuda,)),
+}
+
+
+@functools.cache
+def backend(name: str) -> Backend:
+    return BACKENDS[name].factory()
+
+
+def available_backends() -> list[str]:
+    return [name for name, entry in BACKENDS.items() if entry.why_not() is None]
+
+
+def backend_params(names: Iterable[str] = tuple(BACKENDS)) -> list[Any]:
+    """One pytest parameter a backend, which skips with the reason where the backend cannot run."""
+    params = []
+    for name in names:
+        reason = BACKENDS[name].why_not()
+        marks = [*BACKENDS[name].marks, pytest.mark.skipif(reason is not None, reason=f"backend {name}: {reason}")]
+        params.append(pytest.param(name, marks=marks))
+    return params
+
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def assert_same_bits(got: Tensor, expected: Tensor, what: str) -> None:
+    """Equal dtype, shape and bits, but any NaN of a floating type wider than FP8 equals any other."""
+    assert got.dtype == expected.dtype, f"{what}: {got.dtype} instead of {expected.dtype}"
+    assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)} instead of {tuple(expected.shape)}"
+    bits = _BITS[got.dtype.itemsize]
+    differ = got.contiguous().view(bits) != expected.contiguous().view(bits)
+    if got.dtype.itemsize > 1:
+        differ &= ~(got.isnan() & expected.isnan())
+    if differ.any():
+        at = tuple(int(i) for i in differ.nonzero()[0])
+        values = f"{got.float()[at].item()!r} instead of {expected.float()[at].item()!r}"
+        raise AssertionError(f"{what}: {int(differ.sum())} of {differ.numel()} differ, first at {at}: {values}")
+
+
+def from_numpy(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """A torch tensor of the same bits, for the dtypes of ml_dtypes that ``torch.from_numpy`` does not know."""
+    return torch.from_numpy(np.ascontiguousarray(array).view(f"int{8 * array.itemsize}")).view(dtype)

@@ -1,0 +1,56 @@
+"""What the tests of fastfp8.nn.Linear share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastfp8
+import fastfp8.nn
+
+E4M3 = torch.float8_e4m3fn
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def sqnr(actual: Tensor, exact: Tensor) -> float:
+    """Signal to noise in dB."""
+    actual, exact = actual.detach().double(), exact.detach().double()
+    return float(10 * torch.log10(exact.square().sum() / (actual - exact).square().sum()))
+
+
+def values(t: fastfp8.ScaledTensor) -> Tensor:
+    """``t`` in FP64, by the definition of a ScaledTensor and no op of ours."""
+    scale = t.scale.double().repeat_interleave(t.block[0], 0).repeat_interleave(t.block[1], 1)
+    return t.data.to(FP32).double() * scale[: t.shape[0], : t.shape[1]]
+
+
+def normal_linear(k: int, n: int, bias: bool = True, seed: int = 0, **options: Any) -> fastfp8.nn.Linear:
+    torch.manual_seed(seed)
+    layer = fastfp8.nn.Linear(k, n, bias, **options)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def gradients(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(layer(x), (x, *parameters), dy)
+
+
+class QuantizeCalls(TorchDispatchMode):
+    """Records the blocks of the calls of fastfp8.quantize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.fastfp8.quantize.default:
+            self.blocks.append(tuple(args[1]))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def of_weights(self) -> int:
+        return self.blocks.count((128, 128))

@@ -1,0 +1,153 @@
+"""fastfp8.nn.convert: what is swapped, what is left alone, what stays shared."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import fastfp8.nn
+
+FP8Linear = fastfp8.nn.Linear
+
+
+class Block(nn.Module):
+    """A model with a Linear in each kind of container, one of them twice, and a weight tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 64)
+        self.up = nn.Linear(64, 96)
+        self.layers = nn.ModuleList([nn.Linear(96, 96), nn.Sequential(nn.GELU(), nn.Linear(96, 96, bias=False))])
+        self.again = self.layers[0]
+        self.table = nn.ModuleDict({"down": nn.Linear(96, 64)})
+        self.head = nn.Linear(64, 50, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.up(self.embed(tokens))
+        for layer in [*self.layers, self.again]:
+            x = x + layer(x)
+        return self.head(self.table["down"](x))  # type: ignore[no-any-return]
+
+
+LINEARS = ["up", "layers.0", "layers.1.1", "again", "table.down", "head"]
+TOKENS = torch.arange(20).reshape(2, 10)
+
+
+def signal_to_noise(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    actual, exact = actual.detach(), exact.detach()
+    return float(10 * torch.log10(exact.square().sum() / (actual - exact).square().sum()))
+
+
+def test_swaps_every_linear_in_place_over_the_same_parameters() -> None:
+    model = Block()
+    exact = model(TOKENS)
+    parameters = dict(model.named_parameters())
+    state = list(model.state_dict())
+    assert fastfp8.nn.convert(model, pow2=False) is model
+    converted = [model.get_submodule(name) for name in LINEARS]
+    assert all(type(layer) is FP8Linear and not layer.pow2 for layer in converted)
+    assert model.again is model.layers[0]
+    assert model.head.weight is model.embed.weight
+    after = dict(model.named_parameters())
+    assert list(after) == list(parameters)
+    assert all(after[name] is parameters[name] for name in parameters)
+    assert list(model.state_dict()) == state
+    actual = model(TOKENS)
+    assert not torch.equal(actual, exact)
+    assert signal_to_noise(actual, exact) > 21  # five layers deep: measured 22.8
+    actual.sum().backward()
+    assert all(p.grad is not None for p in parameters.values())
+
+
+def test_filter_sees_each_linear_once_by_its_first_name() -> None:
+    model, seen = Block(), {}
+
+    def keep_head(name: str, linear: nn.Linear) -> bool:
+        assert seen.setdefault(name, linear) is linear
+        return name != "head"
+
+    fastfp8.nn.convert(model, keep_head)
+    assert list(seen) == ["up", "layers.0", "layers.1.1", "table.down", "head"]
+    assert seen["up"].out_features == 96
+    assert type(model.head) is nn.Linear
+    assert type(model.again) is FP8Linear
+
+
+def test_freeze_drops_the_weights_and_changes_no_output() -> None:
+    model, frozen = fastfp8.nn.convert(Block()), fastfp8.nn.convert(Block(), freeze=True)
+    assert torch.equal(frozen(TOKENS), model(TOKENS))
+    assert all(frozen.get_submodule(name).frozen for name in LINEARS)
+    assert set(dict(frozen.named_parameters())) == {"embed.weight", "up.bias", "layers.0.bias", "table.down.bias"}
+
+
+def test_a_root_linear_is_returned_anew() -> None:
+    linear = nn.Linear(16, 8)
+    assert fastfp8.nn.convert(linear, lambda name, _: name != "") is linear
+    converted = fastfp8.nn.convert(linear)
+    assert type(converted) is FP8Linear
+    assert converted.weight is linear.weight
+
+
+def test_converted_ones_and_subclasses_are_left_alone() -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.Sequential(FP8Linear(8, 8, pow2=False), Special(8, 8), nn.LazyLinear(8), nn.Linear(8, 8))
+    before = list(model)
+    fastfp8.nn.convert(model, freeze=True)
+    assert list(model)[:3] == before[:3]
+    assert not model[0].frozen
+    assert type(model[3]) is FP8Linear
+    converted = list(model)
+    assert list(fastfp8.nn.convert(model)) == converted
+
+
+def test_multihead_attention_still_works() -> None:
+    """Its out_proj is a subclass whose weight it reads, so it stays; calling it is never FP8."""
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 5, 32)
+    expected = attention(x, x, x)[0]
+    fastfp8.nn.convert(attention, freeze=True)
+    assert type(attention.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
+    assert torch.equal(attention(x, x, x)[0], expected)
+
+
+@pytest.fixture
+def _no_mha_fastpath() -> Iterator[None]:
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+@pytest.mark.usefixtures("_no_mha_fastpath")
+def test_transformer_encoder_layer_without_its_fast_path() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        exact = layer(x)
+        fastfp8.nn.convert(layer, freeze=True)
+        noise = signal_to_noise(layer(x), exact)
+    assert 25 < noise < 60  # FP8, not FP32: measured 38.7
+
+
+def test_transformer_encoder_layer_with_its_fast_path_is_a_clear_error_once_frozen() -> None:
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).eval()
+    fastfp8.nn.convert(layer, freeze=True)
+    with torch.no_grad(), pytest.raises(AttributeError, match="frozen"):
+        layer(torch.randn(2, 5, 64))
+
+
+def test_an_error_names_the_layer_and_leaves_the_model_unchanged() -> None:
+    model = Block()
+    model.table["down"].register_forward_hook(lambda *_: None)
+    before = [model.get_submodule(name) for name in LINEARS]
+    with pytest.raises(ValueError, match=r"no hooks.*in 'table\.down'"):
+        fastfp8.nn.convert(model)
+    assert [model.get_submodule(name) for name in LINEARS] == before
+    with pytest.raises(TypeError, match=r"argument 'module': expected a torch\.nn\.Module, got list"):
+        fastfp8.nn.convert([model])  # type: ignore[arg-type]

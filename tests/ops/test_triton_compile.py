@@ -1,0 +1,175 @@
+"""The Triton kernels compiled for real GPUs, from the very arguments that the host functions launch them with."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
+from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
+
+from fastfp8.layout import empty_scale, scale_shape  # noqa: E402
+from fastfp8.triton_kernels import dequantize, gemm, quantize  # noqa: E402
+
+BLOCKS = [(1, 128), (128, 1), (128, 128)]
+CAPABILITIES = [89, 90, *(pytest.param(c, marks=pytest.mark.slow) for c in (100, 120))]
+# Bytes of shared memory that a block may have: CUDA programming guide, table of compute capabilities.
+SHARED_MEMORY = {89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+# Bytes of stack that a thread may get for spilled registers: what gemm's large tile, at the limit of 255 registers,
+# needs at most under Triton 3.6 to 3.9. All else needs none.
+STACK = {89: 8, 90: 0, 100: 16, 120: 24}
+
+
+class _Recorder:
+    """Takes a kernel's place in its module and keeps the launch."""
+
+    def __init__(self, kernel: JITFunction) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def keep(*args: Any, **kwargs: Any) -> None:
+            self.args, self.kwargs = args, kwargs
+
+        return keep
+
+    def compile(self, capability: int) -> CompiledKernel:
+        """As Triton's launcher would: 1 and None become constants, a multiple of 16 becomes known as one."""
+        names = self.kernel.arg_names
+        values = dict(zip(names, self.args, strict=False)) | {n: v for n, v in self.kwargs.items() if n in names}
+        assert values.keys() == set(names)
+        options = {n: v for n, v in self.kwargs.items() if n not in names}
+        signature, constants, attributes = {}, {}, {}
+        for i, (name, param) in enumerate(zip(names, self.kernel.params, strict=True)):
+            value = values[name]
+            specialize = not param.do_not_specialize
+            if param.is_constexpr or value is None or (specialize and isinstance(value, int) and value == 1):
+                signature[name], constants[(i,)] = "constexpr", value
+                continue
+            signature[name] = mangle_type(value)
+            if isinstance(value, torch.Tensor) or (specialize and isinstance(value, int) and value % 16 == 0):
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> _Recorder:
+    recorder = _Recorder(getattr(module, name))
+    monkeypatch.setattr(module, name, recorder)
+    return recorder
+
+
+def compile_gemm(monkeypatch: pytest.MonkeyPatch, m: int, b_block: tuple[int, int], capability: int) -> CompiledKernel:
+    recorder = record(monkeypatch, gemm, "gemm_kernel")
+    operands = []
+    for rows, block in ((m, (1, 128)), (256, b_block)):
+        data = torch.zeros(rows, 512, dtype=torch.float8_e4m3fn)
+        operands += [data, empty_scale(data, scale_shape(rows, 512, block), block)]
+    gemm.gemm(*operands, b_block, torch.bfloat16, torch.zeros(m, 256))
+    return recorder.compile(capability)
+
+
+def opcodes(kernel: CompiledKernel) -> list[str]:
+    return re.findall(r"^\s*(?:@!?%\w+\s+)?([a-z][\w.:]+)", kernel.asm["ptx"], re.MULTILINE)
+
+
+def check_common(kernel: CompiledKernel, capability: int) -> None:
+    ops = opcodes(kernel)
+    assert len(ops) > 50
+    assert not [op for op in ops if ".ftz" in op or "approx" in op or op.startswith("div.full")]
+    assert kernel.metadata.shared <= SHARED_MEMORY[capability]
+    assert stack_bytes(kernel) <= STACK[capability]
+
+
+def stack_bytes(kernel: CompiledKernel) -> int:
+    """The stack that ptxas gave a thread, where spilled registers go."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r" STACK:(\d+) ", usage)
+    assert found, usage
+    return int(found[1])
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("pow2", [False, True])
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_quantize(monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], pow2: bool, capability: int) -> None:
+    recorder = record(monkeypatch, quantize, "quantize_kernel")
+    monkeypatch.setattr(quantize, "require_fp8", lambda op, device: divmod(capability, 10))
+    quantize.quantize(torch.zeros(256, 512, dtype=torch.bfloat16), block, pow2, 0.0)
+    kernel = recorder.compile(capability)
+    check_common(kernel, capability)
+    ops = opcodes(kernel)
+    floating_divisions = {op for op in ops if op.startswith("div.") and ".f" in op}
+    assert floating_divisions == {"div.rn.f32"}
+    direct, by_fp16 = {"cvt.rn.satfinite.e4m3x2.f32"}, {"cvt.rn.satfinite.e4m3x2.f16x2", "cvt.rz.f16.f32"}
+    conversions = {op for op in ops if op.startswith("cvt") and ("e4m3" in op or op.endswith("f16.f32"))}
+    assert conversions == direct or (conversions == by_fp16 and recorder.kwargs["STICKY"])
+    # One read of x, in the widest loads there are.
+    loads = [op for op in ops if op.startswith("ld.global")]
+    tile, threads = recorder.kwargs["TILE_ROWS"] * recorder.kwargs["TILE_COLS"], 32 * recorder.kwargs["num_warps"]
+    assert loads == ["ld.global.v4.b32"] * (tile // threads // 8)
+    assert not [op for op in ops if op.startswith("fma")]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_dequantize(monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], capability: int) -> None:
+    recorder = record(monkeypatch, dequantize, "dequantize_kernel")
+    data = torch.zeros(256, 512, dtype=torch.float8_e4m3fn)
+    scale = empty_scale(data, scale_shape(256, 512, block), block)
+    for dtype, narrow in ((torch.bfloat16, "cvt.rn.bf16x2.f32"), (torch.float16, "cvt.rn.f16x2.f32")):
+        dequantize.dequantize(data, scale, block, dtype)
+        kernel = recorder.compile(capability)
+        check_common(kernel, capability)
+        ops = opcodes(kernel)
+        assert "cvt.rn.f16x2.e4m3x2" in ops
+        assert narrow in ops
+        assert not [op for op in ops if op.startswith("fma")]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("m", [16, 256])
+@pytest.mark.parametrize("b_block", [(128, 128), (1, 128)], ids=str)
+def test_gemm(monkeypatch: pytest.MonkeyPatch, b_block: tuple[int, int], m: int, capability: int) -> None:
+    kernel = compile_gemm(monkeypatch, m, b_block, capability)
+    check_common(kernel, capability)
+    ops = opcodes(kernel)
+    products = {op for op in ops if re.match(r"(wgmma\.mma|mma\.|tcgen05\.mma)", op)}
+    # One instruction whatever the tile, for a row's bits must not depend on M.
+    wide = {16: "m64n64k32", 256: "m64n128k32"}[m]
+    assert (
+        products
+        == {
+            89: {"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"},
+            90: {f"wgmma.mma_async.sync.aligned.{wide}.f32.e4m3.e4m3"},
+            100: {"tcgen05.mma.cta_group::1.kind::f8f6f4"},
+            120: {"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"},
+        }[capability]
+    )
+    # The promotion is an explicit fma, the product of the scales and the sum with c are roundings of their own.
+    arithmetic = {op.replace("x2", "") for op in ops if re.match(r"(fma|mul|add|sub)\..*f32", op)}
+    assert arithmetic == {"fma.rn.f32", "mul.rn.f32", "add.rn.f32"}
+    assert [op for op in ops if op.startswith("cp.async")]  # the loads of the next k-blocks are in flight
+
+
+def test_wgmma_starts_each_k_block_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """scale-d of the first of the four products is 0, so that nothing but the promotion adds k-blocks up."""
+    kernel = compile_gemm(monkeypatch, 256, (128, 128), 90)
+    scale_d = re.findall(r"wgmma\.mma_async[^;]*\}, %\w+, %\w+, ([%\w]+), 1, 1;", kernel.asm["ptx"])
+    assert [value == "0" for value in scale_d] == [True, False, False, False]
+    assert "wgmma.wait_group.sync.aligned" in opcodes(kernel)
