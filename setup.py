@@ -19,6 +19,11 @@ TORCH_TARGET_VERSION = "0x020a000000000000"
 
 
 class BuildExtension(build_ext):
+    def run(self) -> None:
+        # Kept, because setuptools clears `inplace` while it builds, and copies only extensions back to the sources.
+        self.package_root = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        super().run()
+
     def build_extensions(self) -> None:
         import pybind11
         import torch
@@ -28,8 +33,7 @@ class BuildExtension(build_ext):
         if not header.exists():
             raise build_kernels.BuildError(f"no {header}: install this Python's headers (Debian: python3-dev)")
         toolkit = build_kernels.find_toolkit()
-        package = ROOT if self.inplace else Path(self.build_lib)
-        build_kernels.build(package / "fastfp8" / "kernels", toolkit)
+        build_kernels.build(self.package_root / "fastfp8" / "kernels", toolkit)
         for extension in self.extensions:
             extension.include_dirs = [*include_paths(), pybind11.get_include(), str(toolkit.include)]
             extension.library_dirs = [str(Path(torch.__file__).parent / "lib")]

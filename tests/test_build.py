@@ -185,3 +185,11 @@ def test_without_a_gpu_the_reasons_name_what_is_missing():
         pytest.skip("this machine has a usable GPU")
     assert backends.usable()["gemm"]["CUDA sm_90a"] == _C.driver_unusable_reason()
     assert _C.gemm_sm90_unusable_reason(0) == _C.driver_unusable_reason()
+
+
+def test_kernels_lie_where_the_driver_looks_for_them():
+    """setuptools moves extensions but not data: an editable build once left the kernels in its build folder."""
+    assert KERNELS == Path(fastfp8.__file__).parent / "kernels"
+    for module, kernels in BUILT["modules"].items():
+        text = (KERNELS / f"{module}.ptx").read_text()
+        assert all(f".visible .entry {kernel}(" in text for kernel in kernels)
