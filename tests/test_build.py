@@ -189,7 +189,7 @@ def test_without_a_gpu_the_reasons_name_what_is_missing():
 
 def test_kernels_lie_where_the_driver_looks_for_them():
     """setuptools moves extensions but not data: an editable build once left the kernels in its build folder."""
-    assert KERNELS == Path(fastfp8.__file__).parent / "kernels"
+    assert Path(fastfp8.__file__).parent / "kernels" == KERNELS
     for module, kernels in BUILT["modules"].items():
         text = (KERNELS / f"{module}.ptx").read_text()
         assert all(f".visible .entry {kernel}(" in text for kernel in kernels)
