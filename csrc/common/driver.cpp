@@ -14,11 +14,21 @@ namespace {
 
 constexpr int kCudaOfCubins = CUDA_VERSION / 1000 * 1000;  // a cubin runs on every driver of its CUDA major version
 
-#define FASTFP8_DRIVER_FUNCTIONS(X)                                                                                    \
-  X(cuInit)                                                                                                            \
-  X(cuDriverGetVersion) X(cuGetErrorName) X(cuGetErrorString) X(cuDeviceGetCount) X(cuDeviceGet) X(cuDeviceGetName)    \
-      X(cuDeviceGetAttribute) X(cuCtxGetDevice) X(cuLibraryLoadFromFile) X(cuLibraryGetKernel) X(cuKernelSetAttribute) \
-          X(cuTensorMapEncodeTiled) X(cuLaunchKernelEx)
+#define FASTFP8_DRIVER_FUNCTIONS(X) \
+  X(cuInit)                         \
+  X(cuDriverGetVersion)             \
+  X(cuGetErrorName)                 \
+  X(cuGetErrorString)               \
+  X(cuDeviceGetCount)               \
+  X(cuDeviceGet)                    \
+  X(cuDeviceGetName)                \
+  X(cuDeviceGetAttribute)           \
+  X(cuCtxGetDevice)                 \
+  X(cuLibraryLoadFromFile)          \
+  X(cuLibraryGetKernel)             \
+  X(cuKernelSetAttribute)           \
+  X(cuTensorMapEncodeTiled)         \
+  X(cuLaunchKernelEx)
 
 struct Functions {
 #define X(NAME) decltype(&::NAME) NAME = nullptr;
