@@ -35,7 +35,7 @@ class BuildExtension(build_ext):
         toolkit = build_kernels.find_toolkit()
         build_kernels.build(self.package_root / "fastfp8" / "kernels", toolkit)
         for extension in self.extensions:
-            extension.include_dirs = [*include_paths(), pybind11.get_include(), str(toolkit.include)]
+            extension.include_dirs = [pybind11.get_include(), *include_paths(), str(toolkit.include)]
             extension.library_dirs = [str(Path(torch.__file__).parent / "lib")]
             extension.define_macros = [
                 ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
