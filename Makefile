@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*/*.cuh csrc/*/*/*.cu)
 
+FORMATTED := $(CPP) $(wildcard tests/*.cpp tests/emulator/src/*)
+
 .PHONY: setup demo test lint bench clean
 
 setup: $(VENV)/built
@@ -37,7 +39,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 bench: setup
 	$(BIN)/python -m bench cpu

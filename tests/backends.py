@@ -1,4 +1,4 @@
-"""The backends that one test body runs over: the CPU reference, the Triton kernels interpreted, a GPU.
+"""The backends that one test body runs over: the CPU reference, kernels interpreted or emulated, a GPU.
 
 Each takes and returns CPU tensors. ``backend_params()`` makes pytest parameters of them, with a reason where one cannot
 run here.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import shutil
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 import fastfp8
-from fastfp8 import ScaledTensor
+from fastfp8 import _C, ScaledTensor
+from fastfp8.backends import KERNELS, built_kernels
 from fastfp8.layout import BLOCK, Block, has_scale_layout
 
 
@@ -108,6 +110,79 @@ class CudaTriton(Cuda):
         return torch.ops.fastfp8._gemm_triton(*operands, out_dtype, c).cpu()
 
 
+def _view(t: Tensor) -> _C.TensorView:
+    """As the planners see it: on device 0, which the emulator plays."""
+    dtype = str(t.dtype).removeprefix("torch.")
+    return _C.TensorView(dtype, list(t.shape), list(t.stride()), 0, t.data_ptr())
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """``t``, or a copy with its strides and all that lies between its elements where it is not 16-byte aligned."""
+    if t.data_ptr() % 16 == 0 or t.numel() == 0:
+        return t
+    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.as_strided((span,), (1,)).clone().as_strided(t.shape, t.stride(), 0)
+
+
+class Emulator:
+    """The CUDA kernels, from their PTX, on the emulator of ``tests/emulator``. Triton's PTX is not run yet.
+
+    Args:
+        num_sms: so few by default that a CTA walks several tiles.
+        seed: of the timing of the first launch; the following ones differ.
+        tile_n: None is what the planner selects.
+    """
+
+    def __init__(self, num_sms: int = 3, seed: int = 0, tile_n: int | None = None) -> None:
+        import emulator
+
+        self._num_sms, self._tile_n = num_sms, tile_n
+        self._machine, self._run_plan = emulator.Machine(seed), emulator.run_plan
+
+    def quantize(self, x: Tensor, block: Block = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0) -> ScaledTensor:
+        raise NotImplementedError("quantize has a Triton kernel only; Triton's PTX does not run on the emulator yet")
+
+    def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        raise NotImplementedError("dequantize has a Triton kernel only; Triton's PTX does not run on the emulator yet")
+
+    def gemm(
+        self, a: ScaledTensor, b: ScaledTensor, *, out_dtype: torch.dtype = torch.bfloat16, c: Tensor | None = None
+    ) -> Tensor:
+        """As csrc/bindings/gemm_op.cpp."""
+        out = torch.full((a.shape[0], b.shape[0]), float("nan"), dtype=out_dtype)
+        if out.numel() and not a.shape[1]:
+            self._problem(a, b, out_dtype, c)
+            return out.zero_() if c is None else out.copy_(c)
+        self.gemm_into(out, a, b, c)
+        return out
+
+    def _problem(self, a: ScaledTensor, b: ScaledTensor, out_dtype: torch.dtype, c: Tensor | None) -> _C.GemmProblem:
+        views = [_view(t) for t in (a.data, a.scale, b.data, b.scale)]
+        dtype = str(out_dtype).removeprefix("torch.")
+        return _C.GemmProblem(*views, b.block, dtype, None if c is None else _view(c), self._num_sms)
+
+    def gemm_into(self, out: Tensor, a: ScaledTensor, b: ScaledTensor, c: Tensor | None = None) -> Any:
+        """Writes a contiguous ``out``. Returns the counters of the launch, or None where there is nothing to launch."""
+        a, b = (ScaledTensor._trusted(_aligned(t.data), _aligned(t.scale), t.block) for t in (a, b))
+        c = None if c is None else _aligned(c)
+        problem = self._problem(a, b, out.dtype, c)
+        if not out.numel():
+            return None
+        config = _C.gemm_select(problem)
+        if self._tile_n is not None:
+            config = next(config for config, _ in _C.gemm_candidates(problem) if config.tile_n == self._tile_n)
+        tensors = {"a": a.data, "a_scale": a.scale, "b": b.data, "b_scale": b.scale, "out": out, "c": c}
+        return self._run_plan(_C.gemm_plan(problem, config), tensors, self._machine)
+
+
+def _no_emulator() -> str | None:
+    if not built_kernels():
+        return f"no kernels were built: {KERNELS} has no build.json"
+    if shutil.which("g++") is None:
+        return "the emulator is compiled with g++, which is not installed"
+    return None if importlib.util.find_spec("pybind11") else "the emulator's bindings need pybind11"
+
+
 def _no_gpu() -> str | None:
     return None if torch.cuda.is_available() else "torch sees no NVIDIA GPU"
 
@@ -123,9 +198,12 @@ BACKENDS: dict[str, _Entry] = {
     "triton_interpreter": _Entry(
         TritonInterpreter, lambda: None if importlib.util.find_spec("triton") else "triton is not installed"
     ),
+    "emulator": _Entry(Emulator, _no_emulator),
     "cuda": _Entry(Cuda, _no_gpu, (pytest.mark.cuda,)),
     "cuda_triton": _Entry(CudaTriton, _no_gpu, (pytest.mark.cuda,)),
 }
+# Those that have every op. A test that the emulator can run too says so.
+COMPLETE = tuple(name for name in BACKENDS if name != "emulator")
 
 
 @functools.cache
@@ -137,7 +215,7 @@ def available_backends() -> list[str]:
     return [name for name, entry in BACKENDS.items() if entry.why_not() is None]
 
 
-def backend_params(names: Iterable[str] = tuple(BACKENDS)) -> list[Any]:
+def backend_params(names: Iterable[str] = COMPLETE) -> list[Any]:
     """One pytest parameter a backend, which skips with the reason where the backend cannot run."""
     params = []
     for name in names:

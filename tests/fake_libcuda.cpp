@@ -107,7 +107,8 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void** param
                (unsigned long long)reinterpret_cast<uint64_t>(config->hStream), config->numAttrs);
   // The parameters of the GEMM entry: five tensor maps, three addresses, eight integers.
   for (int i = 0; i < 5; ++i) print_map(parameters[i]);
-  for (int i = 5; i < 8; ++i) std::fprintf(stderr, "address %llu\n", (unsigned long long)*static_cast<uint64_t*>(parameters[i]));
+  for (int i = 5; i < 8; ++i)
+    std::fprintf(stderr, "address %llu\n", (unsigned long long)*static_cast<uint64_t*>(parameters[i]));
   for (int i = 8; i < 16; ++i) std::fprintf(stderr, "int %d\n", *static_cast<int*>(parameters[i]));
   return CUDA_SUCCESS;
 }
