@@ -5,18 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
-from triton.runtime.jit import JITFunction, mangle_type  # noqa: E402
+from recorder import CompiledKernel, Recorder  # noqa: E402
 
 from fastfp8.layout import empty_scale, scale_shape  # noqa: E402
 from fastfp8.triton_kernels import dequantize, gemm, quantize  # noqa: E402
@@ -31,40 +27,8 @@ SHARED_MEMORY = {89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 STACK = {89: 8, 90: 0, 100: 16, 120: 24}
 
 
-class _Recorder:
-    """Takes a kernel's place in its module and keeps the launch."""
-
-    def __init__(self, kernel: JITFunction) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def keep(*args: Any, **kwargs: Any) -> None:
-            self.args, self.kwargs = args, kwargs
-
-        return keep
-
-    def compile(self, capability: int) -> CompiledKernel:
-        """As Triton's launcher would: 1 and None become constants, a multiple of 16 becomes known as one."""
-        names = self.kernel.arg_names
-        values = dict(zip(names, self.args, strict=False)) | {n: v for n, v in self.kwargs.items() if n in names}
-        assert values.keys() == set(names)
-        options = {n: v for n, v in self.kwargs.items() if n not in names}
-        signature, constants, attributes = {}, {}, {}
-        for i, (name, param) in enumerate(zip(names, self.kernel.params, strict=True)):
-            value = values[name]
-            specialize = not param.do_not_specialize
-            if param.is_constexpr or value is None or (specialize and isinstance(value, int) and value == 1):
-                signature[name], constants[(i,)] = "constexpr", value
-                continue
-            signature[name] = mangle_type(value)
-            if isinstance(value, torch.Tensor) or (specialize and isinstance(value, int) and value % 16 == 0):
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> _Recorder:
-    recorder = _Recorder(getattr(module, name))
+def record(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> Recorder:
+    recorder = Recorder(getattr(module, name))
     monkeypatch.setattr(module, name, recorder)
     return recorder
 

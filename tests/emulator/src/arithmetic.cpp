@@ -1,45 +1,8 @@
-// Integer and floating-point arithmetic, comparisons, moves and conversions.
-#include <bit>
-#include <cmath>
-
-#include "machine.h"
+// Integer and floating-point arithmetic and comparisons.
+#include "lanes.h"
 
 namespace emulator {
 namespace {
-
-constexpr uint32_t kNan32 = 0x7fffffff;
-
-uint64_t mask_of(int bytes) { return bytes == 8 ? ~0ull : (1ull << 8 * bytes) - 1; }
-int64_t sign_extend(uint64_t value, int bytes) {
-  const int shift = 64 - 8 * bytes;
-  return static_cast<int64_t>(value << shift) >> shift;
-}
-float f32(uint64_t bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits)); }
-// The hardware has one NaN.
-uint64_t bits_of(float value) { return std::isnan(value) ? kNan32 : std::bit_cast<uint32_t>(value); }
-
-using Value = std::function<uint64_t(Context&, int)>;
-
-// d = value(...) in each lane.
-Handler assign(int destination, Value value) {
-  return [=](Context& c) {
-    uint64_t results[kLanes];
-    for_lanes(c.mask, [&](int lane) { results[lane] = value(c, lane); });
-    if (destination >= 0) {
-      uint64_t* d = c.warp.reg(destination);
-      for_lanes(c.mask, [&](int lane) { d[lane] = results[lane]; });
-    }
-    return Outcome::kNext;
-  };
-}
-
-template <class F>
-Handler binary(const Decoder& d, F f) {
-  d.operands(3);
-  return assign(d.destination(0), [a = d.source(1), b = d.source(2), f](Context& c, int lane) {
-    return f(a.get(c, lane), b.get(c, lane));
-  });
-}
 
 Handler integer(const Decoder& d) {
   const std::string& op = d.instruction.opcode;
@@ -100,6 +63,20 @@ Handler integer(const Decoder& d) {
       return quotient ? (a & all) / (b & all) : (a & all) % (b & all);
     });
   }
+  if (op == "bfe") {
+    d.operands(4);
+    return assign(d.destination(0), [=, a = d.source(1), b = d.source(2), n = d.source(3)](Context& c, int lane) {
+      const uint64_t bits = 8 * bytes, first = b.get(c, lane) & 255, count = n.get(c, lane) & 255;
+      const uint64_t v = a.get(c, lane) & all;
+      if (count == 0) return uint64_t{0};
+      // Bits past the top are zero, or the sign: that of the field, or of the value where the field sticks out.
+      const uint64_t top = std::min(first + count, bits) - 1;
+      const uint64_t field = first >= bits ? 0 : v >> first & (count >= 64 ? ~0ull : (1ull << count) - 1);
+      const bool negative = sign && (v >> top & 1);
+      const uint64_t kept = first >= bits ? 0 : std::min(count, bits - first);
+      return static_cast<uint64_t>((negative ? field | (kept >= 64 ? 0 : ~0ull << kept) : field) & all);
+    });
+  }
   if (op == "shl" || op == "shr") {
     const bool left = op == "shl";
     return binary(d, [=](uint64_t a, uint64_t b) -> uint64_t {
@@ -124,16 +101,49 @@ Handler floating(const Decoder& d) {
       return bits_of(std::fma(f32(a.get(c, lane)), f32(b.get(c, lane)), f32(z.get(c, lane))));
     });
   }
+  if (op == "div") {
+    if (!rounded) d.unknown("division");
+    return binary(d, [](uint64_t a, uint64_t b) { return bits_of(f32(a) / f32(b)); });
+  }
+  if (op == "abs") return unary(d, [](uint64_t a) { return a & 0x7fffffff; });
+  if (op == "neg") return unary(d, [](uint64_t a) { return (a ^ 0x80000000) & 0xffffffff; });
+  // The one that is no NaN; -0 is below +0.
+  if (op == "min" || op == "max") {
+    const bool low = op == "min";
+    return binary(d, [low](uint64_t a, uint64_t b) {
+      const float x = f32(a), y = f32(b);
+      if (std::isnan(x) || std::isnan(y)) return bits_of(std::isnan(x) ? y : x);
+      const bool less = x < y || (x == y && std::signbit(x) && !std::signbit(y));
+      return bits_of(less == low ? x : y);
+    });
+  }
   if (op == "add") return binary(d, [](uint64_t a, uint64_t b) { return bits_of(f32(a) + f32(b)); });
   if (op == "sub") return binary(d, [](uint64_t a, uint64_t b) { return bits_of(f32(a) - f32(b)); });
   if (op == "mul") return binary(d, [](uint64_t a, uint64_t b) { return bits_of(f32(a) * f32(b)); });
   return {};
 }
 
+// Ordered comparisons are false with a NaN, those that end in u true.
+Handler setp_f32(const Decoder& d, const std::string& comparison) {
+  const std::string kinds[] = {"eq", "ne", "lt", "le", "gt", "ge", "num"};
+  const bool unordered = comparison == "nan" || (comparison.size() == 3 && comparison != "num");
+  const std::string plain = unordered && comparison != "nan" ? comparison.substr(0, 2) : comparison;
+  int kind = 0;
+  while (kind < 7 && kinds[kind] != plain) ++kind;
+  if (kind == 7 && comparison != "nan") d.unknown("comparison");
+  return binary(d, [=](uint64_t a, uint64_t b) -> uint64_t {
+    const float x = f32(a), y = f32(b);
+    if (std::isnan(x) || std::isnan(y)) return unordered;
+    const bool results[] = {x == y, x != y, x<y, x <= y, x> y, x >= y, true, false};
+    return results[kind];
+  });
+}
+
 Handler setp(const Decoder& d) {
   const std::string comparison = d.next(), type = d.next();
   d.expect_done();
   d.operands(3);
+  if (type == "f32") return setp_f32(d, comparison);
   if (type[0] == 'f') d.unknown("comparison");
   const int bytes = bytes_of(type);
   const bool sign = type[0] == 's';
@@ -161,56 +171,21 @@ Handler setp(const Decoder& d) {
   });
 }
 
-// Rounds to nearest even; NaN becomes the one that cvt makes.
-uint64_t to_bf16(float value) {
-  if (std::isnan(value)) return 0x7fff;
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
-Handler convert(const Decoder& d) {
-  const bool rounded = d.take("rn");
-  const std::string to = d.next(), from = d.next();
+// prmt.b32 d, a, b, c: each nibble of c picks one of the 8 bytes of {b, a}; its high bit spreads that byte's sign.
+Handler permute(const Decoder& d) {
+  if (!d.take("b32")) d.unknown("type");
   d.expect_done();
-  if (to == "bf16x2" && from == "f32" && rounded) {
-    d.operands(3);
-    return binary(d, [](uint64_t high, uint64_t low) { return to_bf16(f32(high)) << 16 | to_bf16(f32(low)); });
-  }
-  const auto is_integer = [](const std::string& t) { return t[0] == 'u' || t[0] == 's'; };
-  if (rounded || !is_integer(to) || !is_integer(from)) d.unknown("conversion");
-  d.operands(2);
-  const int in = bytes_of(from), out = bytes_of(to);
-  const bool sign = from[0] == 's';
-  return assign(d.destination(0), [=, a = d.source(1)](Context& c, int lane) {
-    const uint64_t v = a.get(c, lane) & mask_of(in);
-    return (sign ? static_cast<uint64_t>(sign_extend(v, in)) : v) & mask_of(out);
-  });
-}
-
-Handler mov(const Decoder& d) {
-  const std::string type = d.next();
-  d.expect_done();
-  d.operands(2);
-  const Operand &to = d.operand(0), &from = d.operand(1);
-  if (to.kind == Operand::Kind::kVector || from.kind == Operand::Kind::kVector) d.unknown("vector move");
-  const uint64_t all = type == "pred" ? 1 : mask_of(bytes_of(type));
-  return assign(d.destination(to), [a = d.source(from), all](Context& c, int lane) { return a.get(c, lane) & all; });
-}
-
-Handler cvta(const Decoder& d) {
-  const bool to = d.take("to");
-  const std::string space = d.next();
-  if (d.next() != "u64") d.unknown("address size");
-  d.expect_done();
-  d.operands(2);
-  uint64_t window = 0;
-  if (space == "shared" || space == "shared::cta" || space == "shared::cluster") window = kSharedWindow;
-  if (space == "local") window = kLocalWindow;
-  if (space == "param") window = kParamWindow;
-  return assign(d.destination(0), [=, a = d.source(1)](Context& c, int lane) {
-    const uint64_t v = a.get(c, lane);
-    if (to && (v & kWindowMask & (window ? ~0ull : 0)) != window && window) fail(c, "the address is of another space");
-    return to ? v - window : v + window;
+  d.operands(4);
+  return assign(d.destination(0), [a = d.source(1), b = d.source(2), s = d.source(3)](Context& c, int lane) {
+    const uint64_t bytes = b.get(c, lane) << 32 | (a.get(c, lane) & 0xffffffff), selectors = s.get(c, lane);
+    uint64_t result = 0;
+    for (int i = 0; i < 4; ++i) {
+      const uint64_t selector = selectors >> 4 * i & 15;
+      uint64_t byte = bytes >> 8 * (selector & 7) & 255;
+      if (selector & 8) byte = byte & 128 ? 255 : 0;
+      result |= byte << 8 * i;
+    }
+    return result;
   });
 }
 
@@ -219,9 +194,6 @@ Handler cvta(const Decoder& d) {
 Handler decode_arithmetic(const Decoder& d) {
   const std::string& op = d.instruction.opcode;
   if (op == "setp") return setp(d);
-  if (op == "cvt") return convert(d);
-  if (op == "mov") return mov(d);
-  if (op == "cvta") return cvta(d);
   if (op == "selp") {
     const std::string type = d.next();
     d.expect_done();
@@ -230,8 +202,9 @@ Handler decode_arithmetic(const Decoder& d) {
       return (p.get(c, lane) & 1 ? a : b).get(c, lane);
     });
   }
+  if (op == "prmt") return permute(d);
   static const std::set<std::string> kOpcodes = {"add", "sub", "mul", "mad", "fma", "div", "rem", "and", "or",
-                                                 "xor", "not", "neg", "abs", "min", "max", "shl", "shr"};
+                                                 "xor", "not", "neg", "abs", "min", "max", "shl", "shr", "bfe"};
   if (!kOpcodes.contains(op)) return {};
   if (Handler handler = integer(Decoder{d.module, d.function, d.instruction})) return handler;
   return floating(Decoder{d.module, d.function, d.instruction});

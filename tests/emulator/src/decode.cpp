@@ -128,8 +128,8 @@ std::shared_ptr<Code> decode(const Module& module, const Function& function) {
   code->function = &function, code->module = &module;
   for (const Instruction& instruction : function.instructions) {
     Handler handler;
-    for (auto* family :
-         {decode_arithmetic, decode_memory, decode_control, decode_mbarrier, decode_copy, decode_wgmma}) {
+    for (auto* family : {decode_arithmetic, decode_convert, decode_memory, decode_control, decode_mbarrier, decode_copy,
+                         decode_wgmma}) {
       const Decoder decoder{module, function, instruction};
       if ((handler = family(decoder))) break;
     }

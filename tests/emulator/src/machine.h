@@ -196,6 +196,7 @@ struct Decoder {
 
 // Families of instructions; each returns an empty Handler for an opcode that is not its own.
 Handler decode_arithmetic(const Decoder& d);
+Handler decode_convert(const Decoder& d);
 Handler decode_memory(const Decoder& d);
 Handler decode_control(const Decoder& d);
 Handler decode_mbarrier(const Decoder& d);

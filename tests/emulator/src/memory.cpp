@@ -213,12 +213,52 @@ Handler decode_stmatrix(const Decoder& d) {
   };
 }
 
+// ldmatrix.sync.aligned.m8n8.x{1,2,4}{.trans}.shared{::cta}.b16
+Handler decode_ldmatrix(const Decoder& d) {
+  if (!(d.take("sync") && d.take("aligned") && d.take("m8n8"))) d.unknown("ldmatrix");
+  const int count = d.take("x4") ? 4 : d.take("x2") ? 2 : d.take("x1") ? 1 : 0;
+  const bool transposed = d.take("trans");
+  if (!(d.take("shared") || d.take("shared::cta")) || !d.take("b16") || count == 0) d.unknown("ldmatrix");
+  d.expect_done();
+  const Source base = d.source(d.operand(1).elements[0]);
+  const int64_t offset = d.operand(1).integer;
+  std::vector<int> registers;
+  if (d.operand(0).kind == Operand::Kind::kVector)
+    for (const Operand& element : d.operand(0).elements) registers.push_back(d.destination(element));
+  else
+    registers.push_back(d.destination(0));
+  if (registers.size() != static_cast<size_t>(count)) d.unknown("number of registers");
+  return [=](Context& c) {
+    if (c.mask != kAllLanes) fail(c, "an aligned instruction needs all lanes of the warp");
+    std::vector<std::array<uint64_t, kLanes>> values(count);
+    for (int matrix = 0; matrix < count; ++matrix) {
+      uint16_t halves[8][8];
+      for (int row = 0; row < 8; ++row) {
+        const int owner = matrix * 8 + row;
+        const Location at = locate(c, owner, Space::kShared, base.get(c, owner) + offset, 16, false);
+        std::memcpy(halves[row], at.host, 16);
+      }
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int major = lane / 4, minor = 2 * (lane % 4);
+        const uint64_t low = transposed ? halves[minor][major] : halves[major][minor];
+        const uint64_t high = transposed ? halves[minor + 1][major] : halves[major][minor + 1];
+        values[matrix][lane] = high << 16 | low;
+      }
+    }
+    // After all reads: the address register may be among the results.
+    for (int matrix = 0; matrix < count; ++matrix)
+      std::copy(values[matrix].begin(), values[matrix].end(), c.warp.reg(registers[matrix]));
+    return Outcome::kNext;
+  };
+}
+
 }  // namespace
 
 Handler decode_memory(const Decoder& d) {
   if (d.instruction.opcode == "ld") return decode_load(d);
   if (d.instruction.opcode == "st") return decode_store(d);
   if (d.instruction.opcode == "stmatrix") return decode_stmatrix(d);
+  if (d.instruction.opcode == "ldmatrix") return decode_ldmatrix(d);
   if (d.instruction.opcode == "prefetch") {
     while (!d.done()) d.used++;
     return [](Context&) { return Outcome::kNext; };
