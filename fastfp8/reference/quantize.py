@@ -64,7 +64,8 @@ def _quantize_rows(x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: b
 def quantize(x: Tensor, block: Block, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.quantize`; arguments are checked already."""
     rows, cols = x.shape
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     data = torch.empty((rows, cols), dtype=torch.float8_e4m3fn)
     scale = empty_scale(x, scale_shape(rows, cols, block), block)
     step = max(1, _CHUNK // max(1, cols * block[0]))
