@@ -41,7 +41,7 @@ BROKEN = {
     "mbarriers not waited for": (
         r"mbarrier\.try_wait\.parity\S* p, \[%r\d+\], %r\d+;",
         "setp.eq.s32 p, 0, 0;",
-        "more arrivals",
+        "still writes",
     ),
     "use before the mbarriers are initialised": (r"bar\.sync\s+0;", "", "no initialised mbarrier"),
     "swizzle of the staging forgotten": (r"xor\.b32 (\s*%r\d+, %r\d+), %r\d+;", r"or.b32 \1, 0;", None),

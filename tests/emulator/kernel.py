@@ -25,7 +25,16 @@ _SEED_FACTOR, _SEED_STEP, _SEED_MASK = 6364136223846793005, 1442695040888963407,
 
 
 class Counters(SimpleNamespace):
-    """What a launch did: instructions, wgmma_flops, tma_bytes, global_sectors, shared_bank_conflicts, warp_stalls."""
+    """What a launch did.
+
+    Attributes:
+        instructions: that warps executed; thread_instructions: lanes of them; opcodes: the former by opcode, as a dict.
+        wgmma_flops: 2 for each product of a wgmma.
+        tma_bytes: that bulk copies moved.
+        global_sectors: of 32 bytes, that loads, stores and atomics of warps touched.
+        shared_bank_conflicts: passes over the 32 banks beyond the first.
+        warp_stalls: instructions that could not go on at once.
+    """
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Launch:
     shared_bytes: int
     arguments: list[bytes]
     device: int
+    programmatic: bool
     buffers: list[Buffer]
 
 
@@ -131,6 +141,7 @@ class Kernel:
         args: Sequence[Any] = (),
         device: int = 0,
         memory: Iterable[Any] = (),
+        programmatic: bool = False,
     ) -> Launch:
         """A launch for ``Machine.launch_all``; it keeps its tensors alive.
 
@@ -141,6 +152,8 @@ class Kernel:
                 TensorMap, or the bytes of a structure.
             device: which runs it.
             memory: further tensors that the kernel may touch, as through an address within another one.
+            programmatic: may start when all CTAs of the launch before it on the device have executed
+                griddepcontrol.launch_dependents, and has to execute griddepcontrol.wait (programmatic dependent launch).
 
         Raises:
             TypeError, EmulationError: an argument is not what the kernel takes, or the launch is beyond sm_90's limits.
@@ -158,7 +171,7 @@ class Kernel:
             data, reached = _encode(f"{self.name}: argument {i}", value, kind, size)
             arguments.append(data)
             buffers += reached
-        return Launch(self, grid, block, cluster, shared_bytes, arguments, device, buffers)
+        return Launch(self, grid, block, cluster, shared_bytes, arguments, device, programmatic, buffers)
 
     def _check_launch(
         self,
@@ -193,9 +206,11 @@ class Kernel:
         args: Sequence[Any] = (),
         device: int = 0,
         memory: Iterable[Any] = (),
+        programmatic: bool = False,
     ) -> Counters:
         """Run to the end; arguments as in ``prepare``."""
-        return self.machine.launch_all([self.prepare(grid, block, cluster, shared_bytes, args, device, memory)])[0]
+        prepared = self.prepare(grid, block, cluster, shared_bytes, args, device, memory, programmatic)
+        return self.machine.launch_all([prepared])[0]
 
 
 class Machine:
@@ -237,13 +252,25 @@ class Machine:
             if x.kernel.machine is not self:
                 raise EmulationError(f"{x.kernel.name}: loaded by another machine")
         plain = [
-            (x.kernel._module, x.kernel.name, x.grid, x.block, x.cluster, x.shared_bytes, x.arguments, x.device)
+            (
+                x.kernel._module,
+                x.kernel.name,
+                x.grid,
+                x.block,
+                x.cluster,
+                x.shared_bytes,
+                x.arguments,
+                x.device,
+                x.programmatic,
+            )
             for x in prepared
         ]
         memory = memory_of(buffer for x in prepared for buffer in x.buffers)
         seed, self.seed = self.seed, (self.seed * _SEED_FACTOR + _SEED_STEP) & _SEED_MASK
         try:
-            counted = native().launch(seed, plain, memory)
+            counted, printed = native().launch(seed, plain, memory)
         except EmulationError as error:
             raise EmulationError(f"{error}\nTo run this launch again: Machine(seed={seed})") from error
+        if printed:
+            print(printed, end="")
         return [Counters(**counters) for counters in counted]

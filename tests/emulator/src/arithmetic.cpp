@@ -206,8 +206,8 @@ Handler decode_arithmetic(const Decoder& d) {
   static const std::set<std::string> kOpcodes = {"add", "sub", "mul", "mad", "fma", "div", "rem", "and", "or",
                                                  "xor", "not", "neg", "abs", "min", "max", "shl", "shr", "bfe"};
   if (!kOpcodes.contains(op)) return {};
-  if (Handler handler = integer(Decoder{d.module, d.function, d.instruction})) return handler;
-  return floating(Decoder{d.module, d.function, d.instruction});
+  if (Handler handler = integer(d.restart())) return handler;
+  return floating(d.restart());
 }
 
 }  // namespace emulator

@@ -14,11 +14,27 @@ namespace {
 struct ParsedModule {
   std::unique_ptr<Module> module;
   std::map<std::string, std::shared_ptr<Code>> kernels;
+  std::vector<std::vector<uint64_t>> storage;  // of .global and .const variables, in whole granules
+  std::vector<MemoryRange> ranges;
 };
+
+// Gives the variables of the module memory that lives as long as the module.
+void allocate(ParsedModule& parsed) {
+  for (Variable& variable : parsed.module->variables) {
+    if (variable.space != Space::kGlobal && variable.space != Space::kConst) continue;
+    const uint64_t alignment = std::max<uint64_t>(variable.alignment, kGranule);
+    auto& words = parsed.storage.emplace_back((variable.bytes + 2 * alignment) / 8 + 2, 0);
+    const auto base = reinterpret_cast<uint64_t>(words.data());
+    variable.address = (base + alignment - 1) / alignment * alignment;
+    std::copy(variable.initial.begin(), variable.initial.end(), reinterpret_cast<uint8_t*>(variable.address));
+    parsed.ranges.push_back({variable.address, variable.bytes, variable.space == Space::kGlobal, variable.name});
+  }
+}
 
 std::shared_ptr<ParsedModule> parse_module(const std::string& text) {
   auto parsed = std::make_shared<ParsedModule>();
   parsed->module = std::make_unique<Module>(parse(text));
+  allocate(*parsed);
   for (const auto& [name, function] : parsed->module->functions) {
     if (function.is_entry) parsed->kernels[name] = decode(*parsed->module, function);
   }
@@ -27,18 +43,22 @@ std::shared_ptr<ParsedModule> parse_module(const std::string& text) {
 
 using Triple = std::array<uint32_t, 3>;
 using Launch = std::tuple<std::shared_ptr<ParsedModule>, std::string, Triple, Triple, Triple, uint32_t,
-                          std::vector<py::bytes>, int>;
+                          std::vector<py::bytes>, int, bool>;
 
 void prepare(Machine& machine, const Launch& launch) {
-  const auto& [module, name, grid_size, block, cluster, shared_bytes, arguments, device] = launch;
-  if (device != 0) throw Error("one device is emulated so far");
+  const auto& [module, name, grid_size, block, cluster, shared_bytes, arguments, device, programmatic] = launch;
   const auto found = module->kernels.find(name);
   if (found == module->kernels.end()) throw Error("no kernel '" + name + "' in this module");
   const Function& function = *found->second->function;
   Grid& grid = machine.grids.emplace_back();
   grid.code = found->second;
   grid.grid = grid_size, grid.block = block, grid.cluster = cluster;
-  grid.shared_bytes = shared_bytes;
+  grid.shared_bytes = shared_bytes, grid.device = device;
+  grid.executed.assign(grid.code->instructions.size(), 0);
+  if (programmatic) {
+    for (Grid& other : machine.grids)
+      if (&other != &grid && other.device == device) grid.after = &other;
+  }
   grid.clusters = 1;
   for (int i = 0; i < 3; ++i) {
     if (cluster[i] == 0 || grid_size[i] % cluster[i]) throw Error(name + ": the grid is no multiple of the cluster");
@@ -61,30 +81,46 @@ void prepare(Machine& machine, const Launch& launch) {
   }
 }
 
-std::vector<std::map<std::string, uint64_t>> launch_all(
-    uint64_t seed, const std::vector<Launch>& launches,
-    const std::vector<std::tuple<uint64_t, uint64_t, bool, std::string>>& memory) {
+using Memory = std::vector<std::tuple<uint64_t, uint64_t, bool, std::string>>;
+
+py::dict counters_of(const Grid& grid) {
+  const Counters& c = grid.counters;
+  std::map<std::string, uint64_t> opcodes;
+  for (size_t pc = 0; pc < grid.executed.size(); ++pc)
+    if (grid.executed[pc]) opcodes[grid.code->instructions[pc]->opcode] += grid.executed[pc];
+  py::dict all;
+  all["instructions"] = c.instructions;
+  all["thread_instructions"] = c.thread_instructions;
+  all["opcodes"] = opcodes;
+  all["wgmma_flops"] = c.wgmma_flops;
+  all["tma_bytes"] = c.tma_bytes;
+  all["global_sectors"] = c.global_sectors;
+  all["shared_bank_conflicts"] = c.shared_bank_conflicts;
+  all["warp_stalls"] = c.warp_stalls;
+  return all;
+}
+
+// What each launch did, and what printf printed.
+std::pair<std::vector<py::dict>, std::string> launch_all(uint64_t seed, const std::vector<Launch>& launches,
+                                                         const Memory& memory) {
   Machine machine(seed);
-  for (const auto& [address, bytes, writable, name] : memory)
-    machine.memory.push_back({address, bytes, writable, name});
-  std::sort(machine.memory.begin(), machine.memory.end(),
+  auto& ranges = machine.memory.ranges;
+  for (const auto& [address, bytes, writable, name] : memory) ranges.push_back({address, bytes, writable, name});
+  std::set<const ParsedModule*> modules;
+  for (const Launch& launch : launches) {
+    prepare(machine, launch);
+    const auto& parsed = std::get<0>(launch);
+    if (modules.insert(parsed.get()).second) ranges.insert(ranges.end(), parsed->ranges.begin(), parsed->ranges.end());
+  }
+  std::sort(ranges.begin(), ranges.end(),
             [](const MemoryRange& a, const MemoryRange& b) { return a.address < b.address; });
-  for (const Launch& launch : launches) prepare(machine, launch);
   {
     py::gil_scoped_release release;
     machine.run();
   }
-  std::vector<std::map<std::string, uint64_t>> all;
-  for (const Grid& grid : machine.grids) {
-    const Counters& c = grid.counters;
-    all.push_back({{"instructions", c.instructions},
-                   {"wgmma_flops", c.wgmma_flops},
-                   {"tma_bytes", c.tma_bytes},
-                   {"global_sectors", c.global_sectors},
-                   {"shared_bank_conflicts", c.shared_bank_conflicts},
-                   {"warp_stalls", c.warp_stalls}});
-  }
-  return all;
+  std::vector<py::dict> all;
+  for (const Grid& grid : machine.grids) all.push_back(counters_of(grid));
+  return {all, machine.output};
 }
 
 }  // namespace

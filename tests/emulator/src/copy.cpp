@@ -1,7 +1,8 @@
 // TMA: bulk tensor copies, in pieces of 16 bytes that complete in any order.
+#include <cstring>
 #include <sstream>
 
-#include "machine.h"
+#include "memory.h"
 
 namespace emulator {
 namespace {
@@ -56,12 +57,11 @@ void load_piece(Machine& machine, const Copy& copy, uint32_t row, uint32_t x) {
   uint8_t bytes[kPiece] = {};
   uint32_t first, last;
   if (const uint64_t address = copy.global_at(row, x, kPiece, first, last)) {
-    const uint8_t* host = machine.global(address + first, last - first, false, copy.who);
-    std::memcpy(bytes + first, host, last - first);
+    async_read_global(machine, *copy.cta, address + first, bytes + first, last - first, copy.who);
   }
   const uint32_t offset = copy.shared_at(row, x);
-  std::memcpy(copy.cta->shared.data() + offset, bytes, kPiece);
-  std::fill_n(copy.cta->unfenced.begin() + offset, kPiece, static_cast<uint16_t>(0));
+  async_write_shared(*copy.cta, offset, bytes, kPiece);
+  hold_writes(*copy.cta, offset, kPiece, -1, nullptr, copy.who);
   copy.counters->tma_bytes += kPiece;
   mbarrier_complete_tx(machine, *copy.cta, copy.barrier, kPiece, copy.who);
 }
@@ -71,14 +71,13 @@ void store_piece(Machine& machine, const std::shared_ptr<Copy>& copy, uint32_t r
   const uint32_t offset = copy->shared_at(row, x);
   uint32_t first, last;
   const uint64_t address = copy->global_at(row, x, kPiece, first, last);
-  check_fenced(*copy->cta, offset, kPiece, copy->who);
   std::array<uint8_t, kPiece> bytes;
-  std::memcpy(bytes.data(), copy->cta->shared.data() + offset, kPiece);
+  if (address) async_read_shared(*copy->cta, offset, bytes.data(), kPiece, copy->who);
+  hold_reads(*copy->cta, offset, kPiece, -1, nullptr, copy->who);
   copy->group->unread--;
   machine.pieces.push_back([&machine, copy, bytes, address, first, last] {
     if (address) {
-      uint8_t* host = machine.global(address + first, last - first, true, copy->who);
-      std::memcpy(host, bytes.data() + first, last - first);
+      async_write_global(machine, *copy->cta, address + first, bytes.data() + first, last - first, copy->who);
       copy->counters->tma_bytes += last - first;
     }
     copy->group->unwritten--;
@@ -94,7 +93,7 @@ TensorMapBits read_map(Context& c, uint64_t address) {
     if (offset + 128 > c.grid.parameters.size()) fail(c, "no tensor map in the parameters there");
     host = c.grid.parameters.data() + offset;
   } else {
-    host = c.machine.global(address, 128, false, where(c));
+    host = c.machine.memory.find(address, 128, false, where(c));
   }
   std::memcpy(&map, host, sizeof map);
   if (map.element_bytes == 0) fail(c, "the tensor map is all zero");
@@ -155,7 +154,7 @@ Handler tensor_load(const Decoder& d) {
       copy->barrier = shared_offset(c.cta, static_cast<uint32_t>(barrier.get(c, lane)), 8, copy->who);
       for (uint32_t row = 0; row < copy->rows(); ++row) {
         for (uint32_t x = 0; x < copy->row_bytes(); x += kPiece) {
-          copy->shared_at(row, x);  // so that a box out of bounds fails here
+          hold_writes(c.cta, copy->shared_at(row, x), kPiece, 1, &c.instruction, copy->who);
           c.machine.pieces.push_back([&machine = c.machine, copy, row, x] { load_piece(machine, *copy, row, x); });
         }
       }
@@ -183,6 +182,7 @@ Handler tensor_store(const Decoder& d) {
       for (uint32_t row = 0; row < copy->rows(); ++row) {
         for (uint32_t x = 0; x < copy->row_bytes(); x += kPiece) {
           copy->group->unread++, copy->group->unwritten++;
+          hold_reads(c.cta, copy->shared_at(row, x), kPiece, 1, &c.instruction, copy->who);
           c.machine.pieces.push_back([&machine = c.machine, copy, row, x] { store_piece(machine, copy, row, x); });
         }
       }
@@ -214,7 +214,10 @@ Handler wait(const Decoder& d) {
       for (size_t i = 0; i + pending < groups.size(); ++i)
         blocked |= (read ? groups[i]->unread : groups[i]->unwritten) > 0;
     });
-    if (blocked) return Outcome::kBlocked;
+    if (blocked) {
+      c.warp.wait = {Wait::For::kBulkGroup, &c.cta, 0, 0};
+      return Outcome::kBlocked;
+    }
     if (!read) {
       for_lanes(c.mask, [&](int lane) {
         auto& groups = c.warp.bulk_groups[lane];

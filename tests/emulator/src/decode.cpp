@@ -1,55 +1,33 @@
-// From a parsed instruction to its handler, and how handlers read operands.
+// Programs: an entry with what it calls, decoded; and how handlers read operands.
+#include <algorithm>
 #include <sstream>
 
+#include "lexer.h"
 #include "machine.h"
+#include "special.h"
 
 namespace emulator {
-namespace {
 
-using SpecialValue = uint64_t (*)(Context&, int);
-
-uint32_t thread_of(const Context& c, int lane) { return c.warp.index * kLanes + lane; }
-
-// Special registers by name.
-struct Special {
-  const char* name;
-  SpecialValue value;
-};
-constexpr Special kSpecials[] = {
-    {"%tid.x", [](Context& c, int lane) -> uint64_t { return thread_of(c, lane) % c.grid.block[0]; }},
-    {"%tid.y", [](Context& c, int lane) -> uint64_t { return thread_of(c, lane) / c.grid.block[0] % c.grid.block[1]; }},
-    {"%tid.z", [](Context& c, int lane) -> uint64_t { return thread_of(c, lane) / c.grid.block[0] / c.grid.block[1]; }},
-    {"%ntid.x", [](Context& c, int) -> uint64_t { return c.grid.block[0]; }},
-    {"%ntid.y", [](Context& c, int) -> uint64_t { return c.grid.block[1]; }},
-    {"%ntid.z", [](Context& c, int) -> uint64_t { return c.grid.block[2]; }},
-    {"%ctaid.x", [](Context& c, int) -> uint64_t { return c.cta.id[0]; }},
-    {"%ctaid.y", [](Context& c, int) -> uint64_t { return c.cta.id[1]; }},
-    {"%ctaid.z", [](Context& c, int) -> uint64_t { return c.cta.id[2]; }},
-    {"%nctaid.x", [](Context& c, int) -> uint64_t { return c.grid.grid[0]; }},
-    {"%nctaid.y", [](Context& c, int) -> uint64_t { return c.grid.grid[1]; }},
-    {"%nctaid.z", [](Context& c, int) -> uint64_t { return c.grid.grid[2]; }},
-    {"%laneid", [](Context&, int lane) -> uint64_t { return lane; }},
-    {"%warpid", [](Context& c, int) -> uint64_t { return c.warp.index; }},
-    {"%cluster_ctarank", [](Context& c, int) -> uint64_t { return c.cta.cluster_rank; }},
-    {"%cluster_nctarank", [](Context& c, int) -> uint64_t { return c.cta.cluster.size(); }},
-};
-
-}  // namespace
-
-uint64_t Source::get(Context& context, int lane) const {
-  if (index >= 0) {
-    const uint64_t value = context.warp.reg(index)[lane];
-    return negated ? (value & 1) ^ 1 : value;
+uint64_t source_slow(const Source& source, Context& c, int lane) {
+  switch (source.base) {
+    case Source::Base::kSpecial:
+      return special_value(source.special, c, lane);
+    case Source::Base::kShared:
+      return source.constant + (c.cta.cluster_rank << kRankShift);
+    case Source::Base::kLocal:
+      return source.constant + c.warp.local_base[lane];
+    case Source::Base::kFrame:
+      return source.constant + (kFrameParam | c.warp.param_base[lane]);
+    default:
+      return source.constant;
   }
-  return special >= 0 ? kSpecials[special].value(context, lane) : constant;
 }
 
 int bytes_of(const std::string& type) {
   if (type == "pred") return 1;
-  if (type == "f16x2" || type == "bf16x2") return 4;
-  if (type == "bf16") return 2;
-  const int bits = std::stoi(type.substr(type[0] == 'b' && type[1] == 'f' ? 2 : 1));
-  return bits / 8;
+  const uint64_t bytes = type_bytes(type);
+  if (bytes == 0 || bytes > 16) throw Error("no type of PTX: ." + type);
+  return static_cast<int>(bytes);
 }
 
 void Decoder::unknown(const std::string& what) const {
@@ -81,35 +59,50 @@ void Decoder::operands(size_t count) const {
   if (instruction.operands.size() != count) unknown("number of operands");
 }
 
+const Variable& Decoder::variable(const Operand& operand) const {
+  const Function& function = *placed.function;
+  auto index = static_cast<size_t>(operand.index);
+  if (index < function.parameters.size()) return function.parameters[index];
+  index -= function.parameters.size();
+  if (index < function.variables.size()) return function.variables[index];
+  return code.module->variables.at(index - function.variables.size());
+}
+
 Source Decoder::source(const Operand& operand) const {
   Source source;
   switch (operand.kind) {
     case Operand::Kind::kRegister:
-      source.index = operand.index;
+      source.index = placed.first_register + operand.index;
       source.negated = operand.negated;
+      touched.reads.push_back(source.index);
       return source;
     case Operand::Kind::kInteger:
     case Operand::Kind::kFloat:
       source.constant = static_cast<uint64_t>(operand.integer);
       return source;
     case Operand::Kind::kSpecial:
-      for (size_t i = 0; i < std::size(kSpecials); ++i) {
-        if (operand.name == kSpecials[i].name) source.special = static_cast<int>(i);
-      }
+      source.base = Source::Base::kSpecial;
+      source.special = special_index(operand.name);
       if (source.special < 0) unknown("special register " + operand.name);
       return source;
+    case Operand::Kind::kFunction: {
+      const Placed* found = code.find(operand.name);
+      if (found == nullptr) unknown("function, which has no body, " + operand.name);
+      source.constant = kFunctionWindow | static_cast<uint64_t>(found - code.functions.data());
+      return source;
+    }
     case Operand::Kind::kVariable: {
-      size_t index = operand.index;
-      const Variable* variable = nullptr;
-      if (index < function.parameters.size())
-        variable = &function.parameters[index];
-      else if ((index -= function.parameters.size()) < function.variables.size())
-        variable = &function.variables[index];
-      else
-        variable = &module.variables.at(index - function.variables.size());
-      const uint64_t base = variable->space == Space::kShared ? kSharedBase : 0;
-      if (variable->space == Space::kGlobal || variable->space == Space::kConst) unknown("variable in global memory");
-      source.constant = base + variable->offset + operand.integer;
+      const Variable& of = variable(operand);
+      const auto space = of.space;
+      source.constant = of.offset + static_cast<uint64_t>(operand.integer);
+      if (space == Space::kShared) source.base = Source::Base::kShared, source.constant += kSharedBase;
+      if (space == Space::kLocal) source.base = Source::Base::kLocal;
+      const bool own = static_cast<size_t>(operand.index) < placed.function->parameters.size();
+      if (space == Space::kParam && !(own && placed.function->is_entry)) source.base = Source::Base::kFrame;
+      if (space == Space::kGlobal || space == Space::kConst) {
+        if (of.address == 0) unknown("variable without storage, " + of.name);
+        source.constant = of.address + static_cast<uint64_t>(operand.integer);
+      }
       return source;
     }
     default:
@@ -119,22 +112,108 @@ Source Decoder::source(const Operand& operand) const {
 
 int Decoder::destination(const Operand& operand) const {
   if (operand.kind == Operand::Kind::kSink) return -1;
-  if (operand.kind != Operand::Kind::kRegister) unknown("destination");
-  return operand.index;
+  if (operand.kind != Operand::Kind::kRegister || operand.negated) unknown("destination");
+  touched.writes.push_back(placed.first_register + operand.index);
+  return touched.writes.back();
 }
 
-std::shared_ptr<Code> decode(const Module& module, const Function& function) {
-  auto code = std::make_shared<Code>();
-  code->function = &function, code->module = &module;
-  for (const Instruction& instruction : function.instructions) {
-    Handler handler;
-    for (auto* family : {decode_arithmetic, decode_convert, decode_memory, decode_control, decode_mbarrier, decode_copy,
-                         decode_wgmma}) {
-      const Decoder decoder{module, function, instruction};
-      if ((handler = family(decoder))) break;
+uint32_t Decoder::target(const Operand& label) const {
+  if (label.kind != Operand::Kind::kLabel) unknown("target");
+  return placed.first_pc + static_cast<uint32_t>(label.index);
+}
+
+const Placed* Code::find(const std::string& name) const {
+  const auto found = std::find_if(functions.begin(), functions.end(),
+                                  [&](const Placed& placed) { return placed.function->name == name; });
+  return found == functions.end() ? nullptr : &*found;
+}
+
+const Placed& Code::at(uint32_t pc) const {
+  const auto after = std::upper_bound(functions.begin(), functions.end(), pc,
+                                      [](uint32_t value, const Placed& placed) { return value < placed.first_pc; });
+  return *std::prev(after);
+}
+
+std::string Code::register_name(int index) const {
+  const Placed* of = &functions.front();
+  for (const Placed& placed : functions)
+    if (placed.first_register <= index) of = &placed;
+  const auto within = static_cast<size_t>(index - of->first_register);
+  return within < of->function->registers.size() ? of->function->registers[within].name : "?";
+}
+
+namespace {
+
+// Each function ends with a return, so that a body that runs off its end does as ISA and ptxas say.
+const Instruction kFinalReturn = [] {
+  Instruction last{};
+  last.opcode = last.text = "ret";
+  return last;
+}();
+
+void add_functions_of(const Operand& operand, std::vector<std::string>& names) {
+  if (operand.kind == Operand::Kind::kFunction) names.push_back(operand.name);
+  for (const Operand& element : operand.elements) add_functions_of(element, names);
+}
+
+void place(Code& code, const Function& function) {
+  code.functions.push_back({&function, static_cast<uint32_t>(code.instructions.size()), code.registers});
+  for (const Instruction& instruction : function.instructions) code.instructions.push_back(&instruction);
+  code.instructions.push_back(&kFinalReturn);
+  code.registers += static_cast<int>(function.registers.size());
+}
+
+void place_reachable(Code& code) {
+  place(code, *code.function);
+  std::vector<std::string> names = code.module->functions_in_data();
+  for (size_t done = 0; done < code.functions.size(); ++done) {
+    for (const Instruction& instruction : code.functions[done].function->instructions)
+      for (const Operand& operand : instruction.operands) add_functions_of(operand, names);
+    for (const std::string& name : names) {
+      const auto found = code.module->functions.find(name);
+      if (found != code.module->functions.end() && !found->second.instructions.empty() && code.find(name) == nullptr)
+        place(code, found->second);
     }
-    if (!handler) Decoder{module, function, instruction}.unknown("instruction");
-    code->handlers.push_back(std::move(handler));
+    names.clear();
+  }
+}
+
+// kPacks: the result is undefined only where all that goes into it is.
+Touched::Undefined undefined_rule(const Instruction& instruction) {
+  static const std::set<std::string> kPacking = {"mov", "prmt", "and", "or", "lop3", "bfi", "shl", "shr", "cvt"};
+  if (instruction.opcode == "selp") return Touched::Undefined::kSpreads;
+  return kPacking.contains(instruction.opcode) ? Touched::Undefined::kPacks : Touched::Undefined::kRaises;
+}
+
+Handler decode_one(const Decoder& d) {
+  for (auto* family :
+       {decode_arithmetic, decode_convert, decode_memory, decode_matrix_memory, decode_atomic, decode_control,
+        decode_call, decode_warp, decode_barrier, decode_fence, decode_mbarrier, decode_copy, decode_wgmma}) {
+    if (Handler handler = family(d.restart())) return handler;
+    d.touched = {};
+  }
+  d.unknown("instruction");
+}
+
+}  // namespace
+
+std::shared_ptr<Code> decode(const Module& module, const Function& entry) {
+  auto code = std::make_shared<Code>();
+  code->module = &module, code->function = &entry;
+  place_reachable(*code);
+  code->touched.resize(code->instructions.size());
+  for (uint32_t pc = 0; pc < code->instructions.size(); ++pc) {
+    const Instruction& instruction = *code->instructions[pc];
+    const Decoder d{*code, code->at(pc), instruction, code->touched[pc]};
+    try {
+      code->handlers.push_back(decode_one(d));
+    } catch (const Error&) {
+      throw;
+    } catch (const std::exception&) {
+      d.unknown("instruction");
+    }
+    if (instruction.guard >= 0) code->touched[pc].reads.push_back(d.placed.first_register + instruction.guard);
+    code->touched[pc].undefined = undefined_rule(instruction);
   }
   return code;
 }

@@ -1,5 +1,7 @@
 // mbarrier objects: 8 bytes of shared memory in an encoding of the emulator's own (hardware's is opaque).
-#include "machine.h"
+#include <cstring>
+
+#include "memory.h"
 
 namespace emulator {
 namespace {
@@ -39,19 +41,13 @@ void take_qualifiers(const Decoder& d) {
   }
 }
 
-struct Address {
-  Source base;
-  int64_t offset;
-};
-
-Address address_of(const Decoder& d, size_t index) {
-  const Operand& operand = d.operand(index);
-  if (operand.kind != Operand::Kind::kMemory) d.unknown("address");
-  return {d.source(operand.elements.at(0)), operand.integer};
+Place place_of(Context& c, int lane, const Address& address) {
+  return locate(c, lane, Space::kShared, address.get(c, lane) & 0xffffffff, 8, true);
 }
 
 uint8_t* at(Context& c, int lane, const Address& address) {
-  return locate(c, lane, Space::kShared, address.base.get(c, lane) + address.offset, 8, true).host;
+  const Place place = place_of(c, lane, address);
+  return place.cta->shared.bytes.data() + place.offset;
 }
 
 Handler init(const Decoder& d) {
@@ -59,7 +55,7 @@ Handler init(const Decoder& d) {
   if (!d.take("b64")) d.unknown("mbarrier");
   d.expect_done();
   d.operands(2);
-  return [address = address_of(d, 0), count = d.source(1)](Context& c) {
+  return [address = address_of(d, d.operand(0)), count = d.source(1)](Context& c) {
     for_lanes(c.mask, [&](int lane) {
       const auto arrivals = static_cast<int64_t>(count.get(c, lane) & 0xffffffff);
       if (arrivals < 1 || arrivals > kMostArrivals) fail(c, "an mbarrier expects 1 to 2^20 - 1 arrivals");
@@ -76,7 +72,7 @@ Handler arrive(const Decoder& d) {
   d.expect_done();
   if (d.operand(0).kind != Operand::Kind::kSink) d.unknown("state of an mbarrier");
   const bool counted = d.instruction.operands.size() > 2;
-  return [=, address = address_of(d, 1), amount = counted ? d.source(2) : Source{}](Context& c) {
+  return [=, address = address_of(d, d.operand(1)), amount = counted ? d.source(2) : Source{}](Context& c) {
     for_lanes(c.mask, [&](int lane) {
       uint8_t* host = at(c, lane, address);
       Barrier barrier = Barrier::load(host, where(c));
@@ -95,17 +91,19 @@ Handler try_wait(const Decoder& d) {
   if (!d.take("b64")) d.unknown("mbarrier");
   d.expect_done();
   d.operands(3);
-  return [p = d.destination(0), address = address_of(d, 1), parity = d.source(2)](Context& c) {
+  return [p = d.destination(0), address = address_of(d, d.operand(1)), parity = d.source(2)](Context& c) {
     // It may say no at any time, so that loops that take it for a blocking wait show themselves.
     const bool spurious = c.machine.below(8) == 0;
     bool any = false;
     for_lanes(c.mask, [&](int lane) {
-      const Barrier barrier = Barrier::load(at(c, lane, address), where(c));
+      const Place place = place_of(c, lane, address);
+      const Barrier barrier = Barrier::load(place.cta->shared.bytes.data() + place.offset, where(c));
       const bool done = barrier.phase != ((parity.get(c, lane) & 1) != 0);
       c.warp.reg(p)[lane] = done && !spurious;
       any |= done;
+      if (!done) c.warp.wait = {Wait::For::kMbarrier, place.cta, place.offset, parity.get(c, lane) & 1};
     });
-    if (!any) c.warp.sleep = c.machine.below(16), c.machine.polls++;
+    if (!any) c.warp.sleep = c.machine.below(16), c.machine.note_poll(c.warp);
     return Outcome::kNext;
   };
 }
@@ -113,10 +111,17 @@ Handler try_wait(const Decoder& d) {
 }  // namespace
 
 void mbarrier_complete_tx(Machine& machine, Cta& cta, uint32_t offset, int64_t bytes, const std::string& who) {
-  uint8_t* host = cta.shared.data() + offset;
+  uint8_t* host = cta.shared.bytes.data() + offset;
   Barrier barrier = Barrier::load(host, who);
   barrier.bytes -= bytes;
   barrier.store(machine, host, who);
+}
+
+std::string describe_mbarrier(const Cta& cta, uint32_t offset) {
+  const Barrier b = Barrier::load(cta.shared.bytes.data() + offset, "a wait");
+  return "mbarrier at shared offset " + std::to_string(offset) + " of CTA rank " + std::to_string(cta.cluster_rank) +
+         ", in phase " + std::to_string(b.phase) + ": " + std::to_string(b.pending) + " of " +
+         std::to_string(b.expected) + " arrivals and " + std::to_string(b.bytes) + " bytes to come";
 }
 
 Handler decode_mbarrier(const Decoder& d) {

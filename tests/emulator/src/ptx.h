@@ -26,6 +26,7 @@ struct Variable {
   std::string type;    // of an element: "b8", "u32", "f32", ...
   bool is_extern;
   std::vector<uint8_t> initial;  // empty: zero for .global and .const, undefined elsewhere
+  uint64_t address = 0;          // of .global and .const, once the module is loaded
 };
 
 struct Register {
@@ -58,8 +59,9 @@ struct Operand {
 };
 
 struct Instruction {
-  int line;                            // in the PTX text, from 1
-  std::string text;                    // as written, one line, for messages
+  int line;          // in the PTX text, from 1
+  std::string text;  // as written, one line, for messages
+  int source_file = -1, source_line = 0;
   std::string opcode;                  // "cp", "mad", "wgmma"
   std::vector<std::string> modifiers;  // "async", "bulk", "tensor", "2d", "shared::cluster", ... in order
   int guard = -1;                      // register index of @%p
@@ -84,6 +86,8 @@ struct Module {
   std::string version, target;  // "9.0", "sm_90a"
   std::vector<Variable> variables;
   std::map<std::string, Function> functions;
+  std::string file(int) const { return ""; }
+  std::vector<std::string> functions_in_data() const { return {}; }
 };
 
 // Raises Error with the line and its text on what is no PTX or what it does not know.

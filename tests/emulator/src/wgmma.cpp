@@ -84,8 +84,7 @@ std::vector<uint8_t> gather(const Cta& cta, uint64_t descriptor, int rows, const
     for (int k = 0; k < kStep; k += 16) {
       const uint32_t linear = start + row % 8 * pitch + row / 8 * stride + k;
       const uint32_t offset = shared_offset(cta, linear ^ (((linear >> 7) & mask) << 4), 16, who);
-      check_fenced(cta, offset, 16, who);
-      std::memcpy(out.data() + row * kStep + k, cta.shared.data() + offset, 16);
+      async_read_shared(cta, offset, out.data() + row * kStep + k, 16, who);
     }
   }
   return out;
@@ -139,7 +138,10 @@ Handler wait_group(const Decoder& d) {
     Warp& warp = c.warp;
     if (warp.wgmma_commits.size() <= pending) return Outcome::kNext;
     const uint64_t needed = warp.wgmma_commits[warp.wgmma_commits.size() - pending - 1];
-    if (warp.wgmma_done < needed) return Outcome::kBlocked;
+    if (warp.wgmma_done < needed) {
+      warp.wait = {Wait::For::kWgmma, &c.cta, 0, 0};
+      return Outcome::kBlocked;
+    }
     for (; warp.wgmma_retired < needed; warp.wgmma_retired++) {
       for (int index : warp.wgmma.front().registers) {
         if (--warp.in_flight[index] > 0) continue;

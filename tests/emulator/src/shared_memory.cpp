@@ -1,0 +1,146 @@
+#include "shared_memory.h"
+
+#include <algorithm>
+#include <cstring>
+#include <sstream>
+
+#include "machine.h"
+
+namespace emulator {
+namespace {
+
+constexpr uint32_t kHold = 16;        // bytes that share a Hold
+constexpr size_t kMostRanges = 1024;  // of a warp's unfenced stores before they are taken for all of the memory
+
+std::string in_flight(const SharedMemory::Hold& hold) {
+  return hold.by == nullptr ? "" : " (line " + std::to_string(hold.by->line) + ": " + hold.by->text.substr(0, 70) + ")";
+}
+
+// Generic accesses to what asynchronous work of any thread still writes, or reads.
+void check_generic(const Context& c, const Cta& cta, uint32_t offset, uint32_t bytes, bool write) {
+  for (uint32_t i = offset / kHold; i <= (offset + bytes - 1) / kHold; ++i) {
+    const auto& hold = cta.shared.holds[i];
+    if (hold.writes) fail(c, "shared memory in which a copy in flight still writes" + in_flight(hold));
+    if (write && hold.reads)
+      fail(c, "store to shared memory that is still being read asynchronously" + in_flight(hold));
+  }
+}
+
+}  // namespace
+
+void SharedMemory::allocate(uint64_t size, size_t warps) {
+  bytes.assign(size, 0xff);  // NaN in every format: nothing may be read before it is written
+  defined.assign(size, 0);
+  unfenced.assign(size, 0);
+  holds.assign((size + kHold - 1) / kHold, {});
+  written.assign(warps, {});
+}
+
+SharedPlace resolve_shared(const Cta& from, uint32_t address, uint64_t bytes, const std::string& who) {
+  const uint32_t rank = address >> kRankShift;
+  std::ostringstream text;
+  if (rank >= from.cluster.size()) {
+    text << who << ": shared address 0x" << std::hex << address << std::dec << " is of rank " << rank
+         << " in a cluster of " << from.cluster.size() << " CTAs";
+    throw Error(text.str());
+  }
+  Cta& cta = *from.cluster[rank];
+  const uint64_t within = address & kOffsetMask;
+  if (within < kSharedBase || within - kSharedBase + bytes > cta.shared.size()) {
+    text << who << ": out of bounds: " << bytes << " bytes at shared address 0x" << std::hex << address << std::dec
+         << " lie outside the CTA's " << cta.shared.size() << " bytes, which begin at 0x400";
+    throw Error(text.str());
+  }
+  if (cta.live_warps == 0) throw Error(who + ": access to the shared memory of a CTA that has exited");
+  return {&cta, static_cast<uint32_t>(within - kSharedBase)};
+}
+
+uint32_t shared_offset(const Cta& cta, uint32_t address, uint64_t bytes, const std::string& who) {
+  return resolve_shared(cta, (address & kOffsetMask) | cta.cluster_rank << kRankShift, bytes, who).offset;
+}
+
+bool shared_read(Context& c, Cta& cta, uint32_t offset, void* out, uint32_t bytes) {
+  check_generic(c, cta, offset, bytes, false);
+  std::memcpy(out, cta.shared.bytes.data() + offset, bytes);
+  const auto* defined = cta.shared.defined.data() + offset;
+  return std::find(defined, defined + bytes, 0) == defined + bytes;
+}
+
+void shared_write(Context& c, int lane, Cta& cta, uint32_t offset, const void* in, uint32_t bytes) {
+  SharedMemory& shared = cta.shared;
+  check_generic(c, cta, offset, bytes, true);
+  if (std::memcmp(shared.bytes.data() + offset, in, bytes) != 0) c.machine.events++;
+  std::memcpy(shared.bytes.data() + offset, in, bytes);
+  std::fill_n(shared.defined.begin() + offset, bytes, static_cast<uint8_t>(1));
+  // A store from another CTA is nobody's to fence here: 0 is no thread.
+  const auto thread = static_cast<uint16_t>(&cta == &c.cta ? c.warp.index * kLanes + lane + 1 : 0);
+  std::fill_n(shared.unfenced.begin() + offset, bytes, thread);
+  if (thread == 0) return;
+  auto& ranges = shared.written[c.warp.index];
+  if (!ranges.empty() && ranges.back().offset + ranges.back().bytes == offset) {
+    ranges.back().bytes += bytes;
+  } else if (ranges.size() < kMostRanges) {
+    ranges.push_back({offset, bytes});
+  } else {
+    ranges.assign(1, {0, static_cast<uint32_t>(shared.size())});
+  }
+}
+
+void shared_fence(Cta& cta, int warp, uint32_t lanes) {
+  SharedMemory& shared = cta.shared;
+  const uint32_t first = warp * kLanes + 1;
+  for (const auto& range : shared.written[warp]) {
+    for (uint32_t i = range.offset; i < range.offset + range.bytes; ++i) {
+      const uint32_t lane = shared.unfenced[i] - first;  // huge where the writer is of another warp, or there is none
+      if (lane < kLanes && (lanes >> lane & 1)) shared.unfenced[i] = 0;
+    }
+  }
+  if (lanes == kAllLanes) shared.written[warp].clear();
+}
+
+void async_read_shared(const Cta& cta, uint32_t offset, void* out, uint32_t bytes, const std::string& who) {
+  const SharedMemory& shared = cta.shared;
+  for (uint32_t i = offset; i < offset + bytes; ++i) {
+    if (shared.unfenced[i])
+      throw Error(who + ": the async proxy reads shared byte " + std::to_string(i) + ", which thread " +
+                  std::to_string(shared.unfenced[i] - 1) + " wrote without a fence.proxy.async since");
+    if (!shared.defined[i])
+      throw Error(who + ": the async proxy reads shared byte " + std::to_string(i) + ", which nobody has written");
+  }
+  std::memcpy(out, shared.bytes.data() + offset, bytes);
+}
+
+void async_write_shared(Cta& cta, uint32_t offset, const void* in, uint32_t bytes) {
+  SharedMemory& shared = cta.shared;
+  std::memcpy(shared.bytes.data() + offset, in, bytes);
+  std::fill_n(shared.defined.begin() + offset, bytes, static_cast<uint8_t>(1));
+  std::fill_n(shared.unfenced.begin() + offset, bytes, static_cast<uint16_t>(0));
+}
+
+void hold_reads(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const std::string& who) {
+  for (uint32_t i = offset / kHold; i <= (offset + bytes - 1) / kHold; ++i) {
+    auto& hold = cta.shared.holds[i];
+    if (delta > 0) {
+      if (hold.writes)
+        throw Error(who + ": it reads shared memory in which a copy in flight still writes" + in_flight(hold));
+      hold.by = by;
+    }
+    hold.reads = static_cast<uint16_t>(hold.reads + delta);
+  }
+}
+
+void hold_writes(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const std::string& who) {
+  for (uint32_t i = offset / kHold; i <= (offset + bytes - 1) / kHold; ++i) {
+    auto& hold = cta.shared.holds[i];
+    if (delta > 0) {
+      if (hold.reads)
+        throw Error(who + ": it overwrites shared memory that is still being read asynchronously" + in_flight(hold));
+      if (hold.writes) throw Error(who + ": two copies in flight write the same shared memory" + in_flight(hold));
+      hold.by = by;
+    }
+    hold.writes = static_cast<uint16_t>(hold.writes + delta);
+  }
+  cta.shared.writes_in_flight += static_cast<uint64_t>(static_cast<int64_t>(delta));
+}
+
+}  // namespace emulator

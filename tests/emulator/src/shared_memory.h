@@ -1,0 +1,61 @@
+// Shared memory of a CTA, with what the generic proxy, the async proxy and copies in flight have done to each byte.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "ptx.h"
+
+namespace emulator {
+
+struct Cta;
+struct Context;
+
+// User shared memory begins here in the 32-bit shared window: hardware reserves the first KB. The CTA's rank in its
+// cluster is in the top byte.
+constexpr uint32_t kSharedBase = 0x400;
+constexpr uint32_t kRankShift = 24, kOffsetMask = (1u << kRankShift) - 1;
+
+struct SharedMemory {
+  struct Hold {
+    uint16_t reads = 0, writes = 0;   // asynchronous ones in flight
+    const Instruction* by = nullptr;  // the last that came
+  };
+  struct Range {
+    uint32_t offset, bytes;
+  };
+
+  std::vector<uint8_t> bytes;
+  std::vector<uint8_t> defined;    // 1 where something was written
+  std::vector<uint16_t> unfenced;  // 1 + the thread that last wrote it by the generic proxy and has not fenced since
+  std::vector<Hold> holds;         // of each 16 bytes
+  std::vector<std::vector<Range>> written;  // by warp: where unfenced bytes may be
+  uint64_t writes_in_flight = 0;
+
+  void allocate(uint64_t size, size_t warps);
+  size_t size() const { return bytes.size(); }
+};
+
+// The CTA of the cluster and the offset in its shared memory that a 32-bit address names.
+struct SharedPlace {
+  Cta* cta;
+  uint32_t offset;
+};
+SharedPlace resolve_shared(const Cta& from, uint32_t address, uint64_t bytes, const std::string& who);
+// As above, where only the own CTA is legal.
+uint32_t shared_offset(const Cta& cta, uint32_t address, uint64_t bytes, const std::string& who);
+
+// The generic proxy: hazards with asynchronous work in flight raise. A read says whether all bytes are defined.
+bool shared_read(Context& context, Cta& cta, uint32_t offset, void* out, uint32_t bytes);
+void shared_write(Context& context, int lane, Cta& cta, uint32_t offset, const void* in, uint32_t bytes);
+// fence.proxy.async by `lanes` of the warp.
+void shared_fence(Cta& cta, int warp, uint32_t lanes);
+
+// The async proxy: reads find what is defined and fenced, or raise.
+void async_read_shared(const Cta& cta, uint32_t offset, void* out, uint32_t bytes, const std::string& who);
+void async_write_shared(Cta& cta, uint32_t offset, const void* in, uint32_t bytes);
+// Work in flight: +1 at issue, -1 once it is known to be over. What it collides with raises at issue.
+void hold_reads(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const std::string& who);
+void hold_writes(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const std::string& who);
+
+}  // namespace emulator
