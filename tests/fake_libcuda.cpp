@@ -105,6 +105,11 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void** param
   std::fprintf(stderr, "launch %u %u %u %u shared=%u stream=%llu attributes=%u\n", config->gridDimX, config->gridDimY,
                config->blockDimX, config->blockDimY, config->sharedMemBytes,
                (unsigned long long)reinterpret_cast<uint64_t>(config->hStream), config->numAttrs);
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const auto& cluster = config->attrs[i].value.clusterDim;
+    std::fprintf(stderr, "launch attribute %u: %u %u %u\n", static_cast<unsigned>(config->attrs[i].id), cluster.x,
+                 cluster.y, cluster.z);
+  }
   // The parameters of the GEMM entry: five tensor maps, three addresses, eight integers.
   for (int i = 0; i < 5; ++i) print_map(parameters[i]);
   for (int i = 5; i < 8; ++i)

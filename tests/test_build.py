@@ -25,7 +25,7 @@ ALL = [(module, kernel) for module, kernels in BUILT["modules"].items() for kern
 def test_every_instantiation_was_built():
     sources = sorted(p.stem for p in (ROOT / "csrc").glob("*/instantiations/*.cu"))
     assert sorted(BUILT["modules"]) == sources
-    assert len(ALL) == 12
+    assert len(ALL) == 16
     for module in sources:
         assert ".target sm_90a" in (KERNELS / f"{module}.ptx").read_text()
         assert (KERNELS / f"{module}.cubin").read_bytes()[:4] == b"\x7fELF"
@@ -58,7 +58,7 @@ def sass(module, kernel):
 @pytest.mark.parametrize(("module", "kernel"), ALL)
 def test_sass_of_the_mainloop(module, kernel):
     """Four wgmma a k-block, one FFMA a product to promote and no more multiplications than the scales need."""
-    tile_n = int(kernel.rsplit("_n", 1)[1])
+    tile_n = int(kernel.rsplit("_n", 1)[1].removesuffix("_c2"))
     code = sass(module, kernel)
     count = Counter(name.split(".")[0] for name, _ in code)
     assert count["LDL"] + count["STL"] == 0, "local memory"
@@ -71,6 +71,10 @@ def test_sass_of_the_mainloop(module, kernel):
     by_row = "_row_" in kernel
     assert count["FMUL"] == (tile_n // 2 if by_row else 2), "scale_a * scale_b"
     assert count["UTMALDG"] == (4 if by_row else 3)
+    cluster = kernel.endswith("_c2")
+    assert sum("MULTICAST" in name for name, _ in code) == cluster
+    assert count["UCGABAR_ARV"] == (2 if cluster else 0), "clusters meet at the start and at the end only"
+    assert sum(name == "MEMBAR.ALL.GPU" for name, _ in code) == (2 if cluster else 0), "none in the main loop"
     assert count["UTMASTG"] == (0 if "_f32_" in kernel else max(1, tile_n // 64))
     assert count["STSM"] == (0 if "_f32_" in kernel else tile_n // 16)
     assert count["USETMAXREG"] >= 2

@@ -71,6 +71,19 @@ def test_launch_hands_the_plan_to_the_driver(fake_libcuda):
     assert calls[20] == launch[0].replace("stream=7", "stream=8"), "the second launch loads nothing again"
 
 
+def test_a_cluster_is_a_launch_attribute(fake_libcuda):
+    program = PROGRAM.replace("_C.gemm_select(p)", "next(c for c, _ in _C.gemm_candidates(p) if c.cluster == 2)")
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(fake_libcuda)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    calls = done.stderr.splitlines()
+    launch = next(i for i, call in enumerate(calls) if call.startswith("launch "))
+    assert calls[launch].startswith("launch 12 1 384 1 ")
+    assert calls[launch].endswith("attributes=1")
+    assert calls[launch + 1] == "launch attribute 4: 2 1 1", "CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION"
+    assert calls[launch + 3] == "map 48 400 264 400 128 64 1 1 type=0 rank=2 interleave=0 swizzle=3 fill=0"
+
+
 def test_an_unbound_slot_is_an_error(fake_libcuda):
     done = run(fake_libcuda, "c")
     assert "no tensor is bound to slot 'c'" in done.stderr

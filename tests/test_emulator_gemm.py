@@ -19,7 +19,8 @@ E4M3 = torch.float8_e4m3fn
 A_BLOCK: Block = (1, BLOCK)
 B_BLOCKS: list[Block] = [(BLOCK, BLOCK), (1, BLOCK)]
 OUT_DTYPES = (torch.bfloat16, torch.float32)
-TILE_NS = (32, 64, 128)
+# Columns of a tile, and CTAs of a cluster.
+TILES = ((32, 1), (64, 1), (128, 1), (128, 2))
 SHAPES = [(1, 8, 16), (63, 40, 144), (64, 64, 128), (129, 136, 400), (130, 264, 272)]
 # Elements on either side of `out` that must stay as they are, and what they are.
 GUARD, GUARD_VALUE = 64, -77.0
@@ -102,14 +103,22 @@ def check(a: ScaledTensor, b: ScaledTensor, out_dtype: torch.dtype, c: Tensor | 
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tile_n", TILE_NS)
+@pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=str)
 @pytest.mark.parametrize("b_block", B_BLOCKS, ids=str)
-def test_bits(b_block: Block, out_dtype: torch.dtype, tile_n: int, shape: tuple[int, int, int]) -> None:
-    """All twelve kernels on tails of each kind. The kinds of c and of a's pitch take turns, in each kernel as well."""
-    case = SHAPES.index(shape) + TILE_NS.index(tile_n) + B_BLOCKS.index(b_block) + 2 * OUT_DTYPES.index(out_dtype)
+def test_bits(b_block: Block, out_dtype: torch.dtype, tile: tuple[int, int], shape: tuple[int, int, int]) -> None:
+    """All sixteen kernels on tails of each kind. The kinds of c and of a's pitch take turns, in each kernel as well."""
+    case = SHAPES.index(shape) + TILES.index(tile) + B_BLOCKS.index(b_block) + 2 * OUT_DTYPES.index(out_dtype)
     a, b = operands(*shape, b_block, strided=case % 2 == 1)
-    check(a, b, out_dtype, addend(C_KINDS[case % 4], *shape[:2]), Emulator(seed=case, tile_n=tile_n))
+    check(a, b, out_dtype, addend(C_KINDS[case % 4], *shape[:2]), Emulator(3, case, *tile))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_sms", [2, 4, 7])
+def test_clusters(num_sms: int, seed: int) -> None:
+    """Five rows of tiles for pairs of CTAs, so that the last pair has one tile past M; more k-blocks than stages."""
+    a, b = operands(520, 136, 1040, B_BLOCKS[seed % 2], seed=seed)
+    check(a, b, torch.bfloat16, None, Emulator(num_sms, seed, tile_n=128, cluster=2))
 
 
 @pytest.mark.parametrize("c_kind", C_KINDS)

@@ -52,11 +52,12 @@ def plan_of(p):
 def test_walk_covers_every_tile_once(m, n, k):
     for config, _ in _C.gemm_candidates(problem(m, n, k)):
         tiles_m, tiles_n = config.tiles
-        assert (tiles_m - 1) * config.tile_m < m <= tiles_m * config.tile_m
+        rows = config.tile_m * config.cluster
+        assert (tiles_m - 1) * rows < m <= tiles_m * rows
         assert (tiles_n - 1) * config.tile_n < n <= tiles_n * config.tile_n
         walk = [config.tile_at(i) for i in range(tiles_m * tiles_n)]
         assert sorted(walk) == [(i, j) for i in range(tiles_m) for j in range(tiles_n)]
-        assert config.grid == min(SMS, tiles_m * tiles_n)
+        assert config.grid == min(SMS // config.cluster, tiles_m * tiles_n) * config.cluster
 
 
 def test_walk_stays_in_a_band():
@@ -134,6 +135,29 @@ def test_plan_of_block_scales_and_bf16():
     assert rest[3:8] == [0, 0, 300, 264, 400]
 
 
+def test_plan_of_a_cluster():
+    """Two tiles one below the other: each CTA loads half of B's rows for both, with as many bytes a stage as alone."""
+    p = problem(400, 264, 400)
+    alone, pair = (c for c, _ in _C.gemm_candidates(p) if c.tile_n == 128)
+    assert (alone.cluster, pair.cluster) == (1, 2)
+    assert (alone.tiles, pair.tiles) == ((4, 3), (2, 3))
+    plan = _C.gemm_plan(p, pair)
+    assert plan.kernel == "gemm_sm90_block_bf16_n128_c2"
+    assert (plan.cluster, plan.grid) == ([2, 1, 1], [12, 1, 1])
+    assert plan.shared_bytes == _C.gemm_plan(p, alone).shared_bytes
+    a, b, *_ = plan.arguments
+    assert (a.box, b.box) == ([128, 128], [128, 64])
+
+
+def test_clusters_are_for_what_loads_bind():
+    """By the model: large products share B, one tile row cannot, nor can an odd SM."""
+    assert _C.gemm_select(problem(4096, 7168, 4096)).cluster == 2
+    reasons = {(c.tile_n, c.cluster): rejected for c, rejected in _C.gemm_candidates(problem(128, 512, 512))}
+    assert "past M" in reasons[128, 2]
+    reasons = {(c.tile_n, c.cluster): rejected for c, rejected in _C.gemm_candidates(problem(512, 512, 512, num_sms=1))}
+    assert "more SMs" in reasons[128, 2]
+
+
 def test_plan_of_row_scales_f32_and_c():
     p = problem(5, 264, 400, ROW, "float32", c="bfloat16")
     plan = _C.gemm_plan(p, next(config for config, _ in _C.gemm_candidates(p) if config.tile_n == 32))
@@ -185,7 +209,7 @@ def test_reprs_say_what_matters():
     p = problem(300, 264, 400, c="float32")
     assert repr(p) == ("GemmProblem(m=300, n=264, k=400, b_scales=block, out=bfloat16, c=float32, num_sms=132)")
     assert re.match(
-        r"GemmConfig\(tile=128x\d+x128, stages=\d, grid=\d+, tiles=3x\d+, band=\d+", repr(_C.gemm_select(p))
+        r"GemmConfig\(tile=128x\d+x128, stages=\d, cluster=\d, grid=\d+, tiles=3x\d+, band=\d+", repr(_C.gemm_select(p))
     )
     assert "TensorMapSlot('a', float8_e4m3fn, dims=[400, 300]" in repr(plan_of(p))
 

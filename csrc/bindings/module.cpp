@@ -99,6 +99,7 @@ void bind_gemm(py::module_& module) {
   py::class_<GemmConfig>(module, "GemmConfig", "One kernel instance and its walk over the tiles: the answer.")
       .def_readonly("tile_m", &GemmConfig::tile_m)
       .def_readonly("tile_n", &GemmConfig::tile_n)
+      .def_readonly("cluster", &GemmConfig::cluster)
       .def_readonly("tile_k", &GemmConfig::tile_k)
       .def_readonly("stages", &GemmConfig::stages)
       .def_readonly("grid", &GemmConfig::grid)

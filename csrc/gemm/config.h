@@ -9,6 +9,7 @@ namespace fastfp8::gemm {
 constexpr int kTileM = 128;  // rows of A in a tile: 64 for each consumer warpgroup
 constexpr int kTileK = 128;  // one scale block, one promotion: four wgmma of k = 32
 constexpr int kTileNs[] = {32, 64, 128};
+constexpr int kMaxCluster = 2;  // CTAs that share loads of B; there are such kernels for the widest tile only
 
 constexpr int kConsumers = 2;                     // warpgroups that run wgmma and promote
 constexpr int kThreads = 128 * (1 + kConsumers);  // the first warpgroup is the producer
@@ -25,7 +26,7 @@ constexpr int out_panel_columns(int tile_n) { return tile_n < 64 ? tile_n : 64; 
 
 // Byte offsets in dynamic shared memory, whose base is 1024-aligned as 128-byte swizzle wants. A stage s of an array
 // lies s * (its bytes per stage) further on. full[s]: the producer's arrival plus the bytes of the stage; empty[s]: one
-// arrival of each consumer warp.
+// arrival of each consumer warp of the cluster.
 struct SharedPlan {
   int stages;
   int a, b, out, a_scale, b_scale, full, empty;
@@ -61,7 +62,8 @@ struct SharedPlan {
 };
 
 // The order in which a persistent grid walks the tiles: bands of `band` tile rows, column by column within a band, so
-// that the tiles in flight share rows of A and of B in L2.
+// that the tiles in flight share rows of A and of B in L2. The tiles that a cluster takes at once, one below the other,
+// count as one here.
 struct TileOrder {
   int tiles_m, tiles_n, band;
 

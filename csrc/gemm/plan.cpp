@@ -8,15 +8,16 @@ namespace {
 struct Instance {
   BScales b_scales;
   DType out;
-  int tile_n;
+  int tile_n, cluster;
   const char *module, *kernel;
 };
 
 // Every kernel that csrc/gemm/instantiations defines.
-#define FASTFP8_INSTANCES(SCALES, OUT, STEM)                                     \
-  {BScales::SCALES, DType::OUT, 32, "gemm_" STEM, "gemm_sm90_" STEM "_n32"},     \
-      {BScales::SCALES, DType::OUT, 64, "gemm_" STEM, "gemm_sm90_" STEM "_n64"}, \
-      {BScales::SCALES, DType::OUT, 128, "gemm_" STEM, "gemm_sm90_" STEM "_n128"}
+#define FASTFP8_INSTANCES(SCALES, OUT, STEM)                                          \
+  {BScales::SCALES, DType::OUT, 32, 1, "gemm_" STEM, "gemm_sm90_" STEM "_n32"},       \
+      {BScales::SCALES, DType::OUT, 64, 1, "gemm_" STEM, "gemm_sm90_" STEM "_n64"},   \
+      {BScales::SCALES, DType::OUT, 128, 1, "gemm_" STEM, "gemm_sm90_" STEM "_n128"}, \
+      {BScales::SCALES, DType::OUT, 128, 2, "gemm_" STEM, "gemm_sm90_" STEM "_n128_c2"}
 constexpr Instance kInstances[] = {
     FASTFP8_INSTANCES(kBlock, kBF16, "block_bf16"),
     FASTFP8_INSTANCES(kBlock, kF32, "block_f32"),
@@ -25,12 +26,13 @@ constexpr Instance kInstances[] = {
 };
 #undef FASTFP8_INSTANCES
 
-const Instance& find_instance(const GemmProblem& problem, int tile_n) {
+const Instance& find_instance(const GemmProblem& problem, const GemmConfig& config) {
   for (const Instance& instance : kInstances) {
-    if (instance.b_scales == problem.b_scales && instance.out == problem.out && instance.tile_n == tile_n)
+    if (instance.b_scales == problem.b_scales && instance.out == problem.out && instance.tile_n == config.tile_n &&
+        instance.cluster == config.cluster)
       return instance;
   }
-  throw std::logic_error("no GEMM kernel with tile_n = " + std::to_string(tile_n) + " for " + problem.str());
+  throw std::logic_error("no GEMM kernel of " + config.str() + " for " + problem.str());
 }
 
 // FP8 codes [rows, k] in boxes of one 128-byte swizzle span.
@@ -69,15 +71,15 @@ TensorMapSlot out_map(int m, int n, int tile_n) {
 LaunchPlan plan(const GemmProblem& problem, const GemmConfig& config) {
   if (problem.m == 0 || problem.n == 0 || problem.k == 0)
     throw std::logic_error("nothing to launch for " + problem.str());
-  const Instance& instance = find_instance(problem, config.tile_n);
+  const Instance& instance = find_instance(problem, config);
   const bool by_row = problem.b_scales == BScales::kRow, bf16 = problem.out == DType::kBF16;
   LaunchPlan plan{};
   plan.module = instance.module, plan.kernel = instance.kernel;
-  plan.grid = {config.grid, 1, 1}, plan.block = {kThreads, 1, 1}, plan.cluster = {1, 1, 1};
+  plan.grid = {config.grid, 1, 1}, plan.block = {kThreads, 1, 1}, plan.cluster = {config.cluster, 1, 1};
   plan.shared_bytes = SharedPlan::make(config.tile_n, problem.b_scales, problem.out).bytes;
   // In the order of the entry's parameters (kernels/gemm_sm90.cuh).
   plan.add(codes_map("a", problem.m, problem.k, problem.a_pitch, kTileM));
-  plan.add(codes_map("b", problem.n, problem.k, problem.b_pitch, config.tile_n));
+  plan.add(codes_map("b", problem.n, problem.k, problem.b_pitch, config.tile_n / config.cluster));
   plan.add(scale_map("a_scale", problem.m, problem.k, problem.a_scale_pitch, kTileM));
   plan.add(by_row ? scale_map("b_scale", problem.n, problem.k, problem.b_scale_pitch, config.tile_n) : TensorMapSlot{});
   plan.add(bf16 ? out_map(problem.m, problem.n, config.tile_n) : TensorMapSlot{});

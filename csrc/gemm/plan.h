@@ -12,7 +12,8 @@ namespace fastfp8::gemm {
 struct GemmConfig {
   int tile_m, tile_n, tile_k;
   int stages;
-  int grid;  // CTAs of the persistent grid
+  int cluster;  // CTAs that take tiles one below the other and share B
+  int grid;     // CTAs of the persistent grid
   TileOrder order;
   double cycles;  // the model's estimate, for comparing configs of one problem only
 

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <iterator>
 #include <sstream>
 #include <stdexcept>
 
@@ -15,30 +16,32 @@ constexpr double kStageLatency = 64;           // barrier round trip and promoti
 constexpr double kTileOverhead = 1200;         // pipeline fill and epilogue
 
 // How many tile rows one band of the walk has: the tiles in flight should cover a region close to a square in bytes.
-int band_of(int tiles_m, int tile_n, int num_sms) {
+int band_of(int tiles_m, int tile_m, int tile_n, int clusters) {
   int best = 1;
   double least = 1e30;
   for (int band : {1, 2, 4, 8, 16}) {
-    const double rows = std::min(band, tiles_m), columns = static_cast<double>(num_sms) / rows;
-    const double bytes = rows * kTileM + columns * tile_n;
+    const double rows = std::min(band, tiles_m), columns = clusters / rows;
+    const double bytes = rows * tile_m + columns * tile_n;
     if (bytes < least) least = bytes, best = band;
   }
   return best;
 }
 
-GemmConfig make_config(const GemmProblem& problem, int tile_n) {
+GemmConfig make_config(const GemmProblem& problem, int tile_n, int cluster) {
   GemmConfig config{};
-  config.tile_m = kTileM, config.tile_n = tile_n, config.tile_k = kTileK;
+  config.tile_m = kTileM, config.tile_n = tile_n, config.tile_k = kTileK, config.cluster = cluster;
   config.stages = SharedPlan::make(tile_n, problem.b_scales, problem.out).stages;
-  const int tiles_m = static_cast<int>(ceil_div(problem.m, kTileM)),
-            tiles_n = static_cast<int>(ceil_div(problem.n, tile_n));
-  config.order = {tiles_m, tiles_n, band_of(tiles_m, tile_n, problem.num_sms)};
+  const int tiles_m = static_cast<int>(ceil_div(problem.m, kTileM * cluster)),
+            tiles_n = static_cast<int>(ceil_div(problem.n, tile_n)), clusters = problem.num_sms / cluster;
+  config.order = {tiles_m, tiles_n, band_of(tiles_m, kTileM * cluster, tile_n, clusters)};
   const int64_t tiles = static_cast<int64_t>(tiles_m) * tiles_n;
-  config.grid = static_cast<int>(std::min<int64_t>(tiles, problem.num_sms));
-  const double waves = static_cast<double>(ceil_div(tiles, problem.num_sms));
+  config.grid = static_cast<int>(std::min<int64_t>(tiles, clusters)) * cluster;
+  const double waves = static_cast<double>(ceil_div(tiles, std::max(clusters, 1)));
   const double tensor = 2.0 * kTileM * tile_n * kTileK / kTensorFlopsPerClock;
-  const double rows_read = std::min(problem.m, kTileM) + tile_n;  // rows past M are filled, not read
-  const double load = rows_read * kTileK / std::min(kL2BytesPerClock / config.grid, kSmBytesPerClock);
+  const double rows_a = std::min(problem.m, kTileM);  // rows past M are filled, not read
+  const double from_l2 = (rows_a + tile_n / cluster) * kTileK * config.grid / kL2BytesPerClock;
+  const double into_sm = (rows_a + tile_n) * kTileK / kSmBytesPerClock;
+  const double load = std::max(from_l2, into_sm);
   config.cycles = waves * (ceil_div(problem.k, kTileK) * (std::max(tensor, load) + kStageLatency) + kTileOverhead);
   return config;
 }
@@ -46,12 +49,19 @@ GemmConfig make_config(const GemmProblem& problem, int tile_n) {
 }  // namespace
 
 std::vector<Candidate> candidates(const GemmProblem& problem) {
+  constexpr int kWidest = std::end(kTileNs)[-1];
   std::vector<Candidate> all;
   for (int tile_n : kTileNs) {
-    Candidate candidate{make_config(problem, tile_n), ""};
-    if (tile_n > kTileNs[0] && tile_n >= 2 * round_up(problem.n, kTileNs[0]))
-      candidate.rejected = "at least half of each tile lies past N";
-    all.push_back(candidate);
+    for (int cluster = 1; cluster <= (tile_n == kWidest ? kMaxCluster : 1); ++cluster) {
+      Candidate candidate{make_config(problem, tile_n, cluster), ""};
+      if (tile_n > kTileNs[0] && tile_n >= 2 * round_up(problem.n, kTileNs[0]))
+        candidate.rejected = "at least half of each tile lies past N";
+      else if (cluster > 1 && problem.m <= kTileM)
+        candidate.rejected = "half of each cluster lies past M";
+      else if (cluster > problem.num_sms)
+        candidate.rejected = "a cluster needs more SMs than there are";
+      all.push_back(candidate);
+    }
   }
   return all;
 }
@@ -70,9 +80,9 @@ GemmConfig select(const GemmProblem& problem) {
 
 std::string GemmConfig::str() const {
   std::ostringstream text;
-  text << "GemmConfig(tile=" << tile_m << "x" << tile_n << "x" << tile_k << ", stages=" << stages << ", grid=" << grid
-       << ", tiles=" << order.tiles_m << "x" << order.tiles_n << ", band=" << order.band << ", cycles=" << cycles
-       << ")";
+  text << "GemmConfig(tile=" << tile_m << "x" << tile_n << "x" << tile_k << ", stages=" << stages
+       << ", cluster=" << cluster << ", grid=" << grid << ", tiles=" << order.tiles_m << "x" << order.tiles_n
+       << ", band=" << order.band << ", cycles=" << cycles << ")";
   return text.str();
 }
 

@@ -24,6 +24,18 @@ __device__ __forceinline__ void tma_load_2d(void* destination, const CUtensorMap
       : "memory");
 }
 
+// The same into every CTA of the cluster whose rank is a bit of `ranks`, at this offset of its shared memory; each
+// one's barrier at this offset gets the bytes.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async-bulk-tensor
+__device__ __forceinline__ void tma_load_2d_multicast(void* destination, const CUtensorMap* map, uint64_t* barrier,
+                                                      int x, int y, uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(destination)),
+      "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(ranks)
+      : "memory");
+}
+
 // Box from shared memory to (x, y); cells out of bounds are not written. Part of the thread's current bulk group.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cp-async-bulk-tensor
 __device__ __forceinline__ void tma_store_2d(const CUtensorMap* map, const void* source, int x, int y) {

@@ -12,7 +12,12 @@
 // fixed, so the bits of a row depend neither on M nor on the tile.
 //
 // The ring's phase runs on from tile to tile, hence the producer loads the next tile under the epilogue of this one.
+//
+// A cluster of two CTAs takes two tiles one below the other. Both need the same rows of B: each loads half of them for
+// both, which halves what B costs of L2's bandwidth. A stage is then free when the consumers of both CTAs are done with
+// it, so they arrive on the empty barriers of both.
 #pragma once
+#include "../../ptx/cluster.cuh"
 #include "../../ptx/tma.cuh"
 #include "../../ptx/warp.cuh"
 #include "../../ptx/wgmma.cuh"
@@ -51,10 +56,11 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
   }
 }
 
-template <int kTileN, BScales kScales, DType kOut>
+template <int kTileN, BScales kScales, DType kOut, int kCluster>
 struct Kernel {
   static constexpr SharedPlan kPlan = SharedPlan::make(kTileN, kScales, kOut);
   static_assert(kPlan.stages >= 3 && kPlan.bytes <= kMaxShared);
+  static_assert(kCluster == 1 || kCluster == 2);
   static_assert(128 % kTileN == 0, "a tile takes its B scale from one block of 128 rows");
 
   const Arguments& args;
@@ -76,21 +82,34 @@ struct Kernel {
   __device__ __forceinline__ uint64_t* empty() const { return reinterpret_cast<uint64_t*>(shared + kPlan.empty); }
 
   __device__ __forceinline__ int tiles() const { return args.order.tiles_m * args.order.tiles_n; }
+  // The walk of a CTA: its cluster takes kCluster tiles at each index.
+  __device__ __forceinline__ int first() const { return blockIdx.x / kCluster; }
+  __device__ __forceinline__ int step() const { return gridDim.x / kCluster; }
+  __device__ __forceinline__ int rank() const {
+    if constexpr (kCluster == 1) return 0;
+    return static_cast<int>(ptx::cluster_rank());
+  }
   __device__ __forceinline__ int k_blocks() const { return (args.k + kTileK - 1) / kTileK; }
 
   // One elected thread.
   __device__ __forceinline__ void produce() const {
+    constexpr int kShare = kTileN / kCluster;  // rows of B that this CTA loads
+    constexpr uint16_t kAll = (1 << kCluster) - 1;
     Ring<kPlan.stages> ring;
-    for (int index = blockIdx.x; index < tiles(); index += gridDim.x) {
+    for (int index = first(); index < tiles(); index += step()) {
       const auto tile = args.order.at(index);
-      const int row = tile.m * kTileM, column = tile.n * kTileN;
+      const int row = (tile.m * kCluster + rank()) * kTileM, column = tile.n * kTileN;
       for (int block = 0; block < k_blocks(); ++block, ring.advance()) {
         const int stage = ring.stage;
         uint64_t* full_barrier = full() + stage;
         wait(empty() + stage, ring.phase ^ 1);
         ptx::mbarrier_arrive_expect_tx(full_barrier, SharedPlan::stage_bytes(kTileN, kScales));
         ptx::tma_load_2d(a_stage(stage), args.a, full_barrier, block * kTileK, row);
-        ptx::tma_load_2d(b_stage(stage), args.b, full_barrier, block * kTileK, column);
+        if constexpr (kCluster == 1)
+          ptx::tma_load_2d(b_stage(stage), args.b, full_barrier, block * kTileK, column);
+        else
+          ptx::tma_load_2d_multicast(b_stage(stage) + rank() * kShare * kTileK, args.b, full_barrier, block * kTileK,
+                                     column + rank() * kShare, kAll);
         ptx::tma_load_2d(a_scale_stage(stage), args.a_scale, full_barrier, row, block);
         if constexpr (kScales == BScales::kRow)
           ptx::tma_load_2d(b_scale_stage(stage), args.b_scale, full_barrier, column, block);
@@ -188,8 +207,12 @@ struct Kernel {
   __device__ __forceinline__ void finish(Fragment& partial, int stage, int lane) const {
     ptx::wgmma_wait_group<0>();
     ptx::pin_registers(partial.value);
-    __syncwarp();  // lane 0 arrives for the reads of scales of all lanes
-    if (lane == 0) ptx::mbarrier_arrive(empty() + stage);
+    __syncwarp();  // one lane arrives for the reads of scales of all
+    if constexpr (kCluster == 1) {
+      if (lane == 0) ptx::mbarrier_arrive(empty() + stage);
+    } else {
+      if (lane < kCluster) ptx::mbarrier_arrive_remote(empty() + stage, lane);
+    }
   }
 
   // acc += c, read in the fragment's layout: a quad of lanes reads 8 neighbours of a row.
@@ -273,9 +296,9 @@ struct Kernel {
   __device__ __forceinline__ void consume(int consumer) const {
     const int thread = threadIdx.x % 128, lane = thread % 32;
     Ring<kPlan.stages> ring;
-    for (int index = blockIdx.x; index < tiles(); index += gridDim.x) {
+    for (int index = first(); index < tiles(); index += step()) {
       const auto tile = args.order.at(index);
-      const int tile_row = tile.m * kTileM, tile_column = tile.n * kTileN;
+      const int tile_row = (tile.m * kCluster + rank()) * kTileM, tile_column = tile.n * kTileN;
       const int row = tile_row + consumer * 64 + thread / 32 * 16 + lane / 4, column = tile_column + 2 * (lane % 4);
       Fragment acc;
       mainloop(acc, ring, consumer, tile_column);
@@ -299,11 +322,11 @@ struct Kernel {
 #pragma unroll
       for (int stage = 0; stage < kPlan.stages; ++stage) {
         ptx::mbarrier_init(full() + stage, 1);
-        ptx::mbarrier_init(empty() + stage, kConsumers * 4);
+        ptx::mbarrier_init(empty() + stage, kConsumers * 4 * kCluster);
       }
       ptx::fence_mbarrier_init();
     }
-    __syncthreads();
+    sync_all();
     // Warp-uniform for the compiler too: setmaxnreg and wgmma must not sit under divergent control flow.
     const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
     if (warpgroup == 0) {
@@ -313,21 +336,35 @@ struct Kernel {
       ptx::setmaxnreg_inc<kConsumerRegisters>();
       consume(warpgroup - 1);
     }
+    // A peer may still write here, or arrive.
+    if constexpr (kCluster > 1) sync_all();
+  }
+
+  __device__ __forceinline__ static void sync_all() {
+    if constexpr (kCluster == 1) {
+      __syncthreads();
+    } else {
+      ptx::cluster_arrive();
+      ptx::cluster_wait();
+    }
   }
 };
 
 }  // namespace fastfp8::gemm
 
+#define FASTFP8_CLUSTER_1
+#define FASTFP8_CLUSTER_2 __cluster_dims__(2, 1, 1)
+
 // The entry of one instance. The launch plan lists its arguments in this order (csrc/gemm/plan.cpp).
-#define FASTFP8_GEMM_SM90(NAME, TILE_N, SCALES, OUT)                                                           \
-  extern "C" __global__ void __launch_bounds__(fastfp8::gemm::kThreads, 1)                                     \
-      NAME(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,                       \
-           const __grid_constant__ CUtensorMap a_scale, const __grid_constant__ CUtensorMap b_scale,           \
-           const __grid_constant__ CUtensorMap out_map, const float* b_block_scale, float* out, const void* c, \
-           int c_is_bf16, int c_pitch, int m, int n, int k, int tiles_m, int tiles_n, int band) {              \
-    extern __shared__ __align__(1024) uint8_t shared[];                                                        \
-    const fastfp8::gemm::Arguments args{                                                                       \
-        &a,        &b,      &a_scale, &b_scale, &out_map, b_block_scale,           out, c,                     \
-        c_is_bf16, c_pitch, m,        n,        k,        {tiles_m, tiles_n, band}};                           \
-    fastfp8::gemm::Kernel<TILE_N, fastfp8::gemm::BScales::SCALES, fastfp8::DType::OUT>{args, shared}.run();    \
+#define FASTFP8_GEMM_SM90(NAME, TILE_N, SCALES, OUT, CLUSTER)                                                        \
+  extern "C" __global__ void FASTFP8_CLUSTER_##CLUSTER __launch_bounds__(fastfp8::gemm::kThreads, 1)                 \
+      NAME(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,                             \
+           const __grid_constant__ CUtensorMap a_scale, const __grid_constant__ CUtensorMap b_scale,                 \
+           const __grid_constant__ CUtensorMap out_map, const float* b_block_scale, float* out, const void* c,       \
+           int c_is_bf16, int c_pitch, int m, int n, int k, int tiles_m, int tiles_n, int band) {                    \
+    extern __shared__ __align__(1024) uint8_t shared[];                                                              \
+    const fastfp8::gemm::Arguments args{                                                                             \
+        &a,        &b,      &a_scale, &b_scale, &out_map, b_block_scale,           out, c,                           \
+        c_is_bf16, c_pitch, m,        n,        k,        {tiles_m, tiles_n, band}};                                 \
+    fastfp8::gemm::Kernel<TILE_N, fastfp8::gemm::BScales::SCALES, fastfp8::DType::OUT, CLUSTER>{args, shared}.run(); \
   }
