@@ -7,9 +7,9 @@ import json
 import sys
 from collections.abc import Sequence
 
-from . import SAMPLES, cpu, environment, table
+from . import SAMPLES, cpu, emulator, environment, table
 
-FAMILIES = {"cpu": cpu.measure}
+FAMILIES = {"cpu": cpu.measure, "emulator": emulator.measure}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
