@@ -35,6 +35,7 @@ _NUMPY_TYPES = {
     tl.float16: np.float16,
     tl.bfloat16: ml_dtypes.bfloat16,
     tl.float8e4nv: ml_dtypes.float8_e4m3fn,
+    tl.float8e5: ml_dtypes.float8_e5m2,
 }
 
 

@@ -13,7 +13,7 @@ CSRC = ROOT / "csrc"
 CPP = sorted(p for p in CSRC.rglob("*") if p.suffix in {".cpp", ".h", ".cu", ".cuh"})
 PYTHON = sorted(p for folder in ("fastfp8", "bench", "tests", "build_support") for p in (ROOT / folder).rglob("*.py"))
 EMULATOR = sorted((ROOT / "tests" / "emulator" / "src").iterdir())
-BUDGETED = CPP + EMULATOR + PYTHON
+BUDGETED = CPP + EMULATOR + PYTHON + sorted((ROOT / "tests" / "cuda").iterdir())
 OPS = ("quantize", "dequantize", "gemm")
 MAX_FILE, MAX_FUNCTION = 500, 150
 
