@@ -23,6 +23,15 @@ from types import ModuleType
 SOURCES = Path(__file__).resolve().parent / "src"
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "emulator"
 FLAGS = ("-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden")
+FUZZ_SOURCES = Path(__file__).resolve().parent / "fuzz"
+FUZZ_FOLDER = FOLDER.with_name("emulator-fuzz")
+SANITIZERS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-D_GLIBCXX_ASSERTIONS",
+    "-D_GLIBCXX_SANITIZE_VECTOR",
+)
+FUZZ_FLAGS = ("-std=c++20", "-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS)
 JOBS = 2  # files compiled at a time
 
 
@@ -67,6 +76,35 @@ def _compile(command: Sequence[str | Path], target: Path, what: str) -> None:
     partial.replace(target)
 
 
+def _compiler(flags: Sequence[str]) -> list[str]:
+    found = shutil.which("g++")
+    if found is None:
+        raise BuildError("the emulator is compiled with g++, which is not installed")
+    return [found, *flags]
+
+
+def _objects(
+    files: Sequence[Path], folder: Path, compiler: Sequence[str], tools: tuple[object, ...] = ()
+) -> list[Path]:
+    """Compiles what is not there yet. ``tools``: what else the objects depend on. The lock must be held."""
+    tools = (tools, compiler, _run([compiler[0], "-dumpfullversion"], "g++"))
+    objects = {}
+    for file in files:
+        read = sorted(_with_includes(file, {}).items())
+        key = _digest(tools, [(p.name, hashlib.sha256(text).digest()) for p, text in read])
+        objects[file] = folder / f"{file.stem}-{key}.o"
+
+    def compile_one(file: Path) -> None:
+        if not objects[file].exists():
+            _compile([*compiler, "-c", file], objects[file], f"compiling {file.name}")
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(compile_one, files))
+    for stale in set(folder.glob("*.o")) - set(objects.values()):
+        stale.unlink()
+    return list(objects.values())
+
+
 def _build(sources: Path, folder: Path, flags: Sequence[str]) -> Path:
     """The module's path. The lock must be held."""
     import pybind11
@@ -74,36 +112,37 @@ def _build(sources: Path, folder: Path, flags: Sequence[str]) -> Path:
     files = sorted(sources.glob("*.cpp"))
     if not files:
         raise BuildError(f"the emulator has no sources: {sources} has no *.cpp")
-    found = shutil.which("g++")
-    if found is None:
-        raise BuildError("the emulator is compiled with g++, which is not installed")
-    compiler = [found, *flags]
+    compiler = _compiler(flags)
     headers = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    tools = (compiler, headers, _run([compiler[0], "-dumpfullversion"], "g++"), pybind11.__version__, sys.version)
-    objects = {}
-    for file in files:
-        read = sorted(_with_includes(file, {}).items())
-        key = _digest(tools, [(p.name, hashlib.sha256(text).digest()) for p, text in read])
-        objects[file] = folder / f"{file.stem}-{key}.o"
+    objects = _objects(files, folder, [*compiler, *headers], (pybind11.__version__, sys.version))
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    module = folder / _digest([p.name for p in objects.values()]) / f"_emulator{suffix}"
+    module = folder / _digest([p.name for p in objects]) / f"_emulator{suffix}"
     if module.exists():
         return module
-
-    def compile_one(file: Path) -> None:
-        if not objects[file].exists():
-            _compile([*compiler, *headers, "-c", file], objects[file], f"compiling {file.name}")
-
-    with ThreadPoolExecutor(JOBS) as pool:
-        list(pool.map(compile_one, files))
     module.parent.mkdir(exist_ok=True)
-    _compile([*compiler, "-shared", *objects.values()], module, "linking the emulator")
-    # Older states. A process that has loaded an older module keeps it: its file lives until it is closed.
-    for stale in set(folder.glob("*.o")) - set(objects.values()):
-        stale.unlink()
+    _compile([*compiler, "-shared", *objects], module, "linking the emulator")
+    # A process that has loaded an older module keeps it: its file lives until it is closed.
     for stale in {p.parent for p in folder.glob("*/_emulator*")} - {module.parent}:
         shutil.rmtree(stale)
     return module
+
+
+def fuzzer(sources: Path = SOURCES, folder: Path = FUZZ_FOLDER) -> Path:
+    """The path of the program in ``fuzz/fuzz.cpp``: the emulator without Python, under sanitizers.
+
+    Raises:
+        BuildError: there is no compiler, or it does not like the sources.
+    """
+    files = [p for p in sorted(sources.glob("*.cpp")) if p.name != "bindings.cpp"] + sorted(FUZZ_SOURCES.glob("*.cpp"))
+    with _locked(folder):
+        compiler = _compiler(FUZZ_FLAGS)
+        objects = _objects(files, folder, compiler)
+        program = folder / f"fuzz-{_digest([p.name for p in objects])}"
+        if not program.exists():
+            _compile([*compiler, *objects], program, "linking the fuzzer")
+            for stale in set(folder.glob("fuzz-*")) - {program, *objects}:
+                stale.unlink()
+    return program
 
 
 def load(sources: Path = SOURCES, folder: Path = FOLDER, flags: Sequence[str] = FLAGS) -> ModuleType:

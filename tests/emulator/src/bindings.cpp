@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "machine.h"
 
@@ -31,12 +32,33 @@ void allocate(ParsedModule& parsed) {
   }
 }
 
+uint64_t address_of(const Module& module, const Relocation& relocation) {
+  if (relocation.variable < 0) return function_pointer(module, relocation.function) + relocation.addend;
+  const Variable& variable = module.variables[relocation.variable];
+  uint64_t address = variable.address;
+  if (variable.space == Space::kShared) {
+    address = kSharedBase + variable.offset;
+    if (relocation.is_generic) address += kSharedWindow;
+  }
+  return address + relocation.addend;
+}
+
+void relocate(ParsedModule& parsed) {
+  for (const Variable& variable : parsed.module->variables) {
+    for (const Relocation& relocation : variable.relocations) {
+      const uint64_t address = address_of(*parsed.module, relocation) >> relocation.shift;
+      std::memcpy(reinterpret_cast<uint8_t*>(variable.address) + relocation.offset, &address, relocation.bytes);
+    }
+  }
+}
+
 std::shared_ptr<ParsedModule> parse_module(const std::string& text) {
   auto parsed = std::make_shared<ParsedModule>();
   parsed->module = std::make_unique<Module>(parse(text));
   allocate(*parsed);
+  relocate(*parsed);
   for (const auto& [name, function] : parsed->module->functions) {
-    if (function.is_entry) parsed->kernels[name] = decode(*parsed->module, function);
+    if (function.is_entry && function.is_defined) parsed->kernels[name] = decode(*parsed->module, function);
   }
   return parsed;
 }
@@ -142,5 +164,6 @@ PYBIND11_MODULE(_emulator, module) {
         return out;
       });
   module.def("parse", &parse_module);
+  module.def("describe", [](const std::string& text) { return describe(parse(text)); });
   module.def("launch", &launch_all);
 }

@@ -42,27 +42,38 @@ std::vector<uint8_t> bytes_of_argument(Context& c, int lane, const Argument& arg
   return bytes;
 }
 
+void set_register(Warp& warp, int lane, int index, const std::vector<uint8_t>& bytes) {
+  uint64_t value = 0;
+  std::memcpy(&value, bytes.data(), std::min<size_t>(sizeof value, bytes.size()));
+  warp.reg(index)[lane] = value;
+  warp.defined[index] |= 1u << lane;
+}
+
 void enter(Context& c, int lane, const Callee& callee, const std::vector<Argument>& arguments, const Results& results,
            const Placed& caller) {
   Warp& warp = c.warp;
   const Function& function = *callee.placed->function;
-  if (function.parameters.size() != arguments.size() + results.size()) fail(c, "wrong number of arguments");
+  if (function.parameters.size() != arguments.size() + results.size() ||
+      static_cast<size_t>(function.results) != results.size())
+    fail(c, "the function takes another number of arguments, or returns one of results");
   if (warp.frames[lane].size() >= kMostFrames) fail(c, "calls nested deeper than " + std::to_string(kMostFrames));
   Frame frame{warp.pc[lane] + 1, callee.index, warp.local_base[lane], warp.param_base[lane], &results, {}};
   if (is_active(c, lane, callee.index)) {
     for (size_t i = 0; i < function.registers.size(); ++i)
       frame.saved.push_back(warp.reg(callee.placed->first_register + static_cast<int>(i))[lane]);
   }
-  const uint32_t params = warp.param_base[lane] + frame_bytes(*caller.function, Space::kParam);
-  const uint32_t local = warp.local_base[lane] + frame_bytes(*caller.function, Space::kLocal);
+  const uint32_t params = warp.param_base[lane] + param_frame(*caller.function);
+  const uint32_t local = warp.local_base[lane] + local_frame(*caller.function);
   std::vector<std::vector<uint8_t>> values;
   for (size_t i = 0; i < arguments.size(); ++i)
     values.push_back(bytes_of_argument(c, lane, arguments[i], function.parameters[results.size() + i].bytes));
-  warp.params[lane].resize(params + frame_bytes(function, Space::kParam), 0xff);
-  warp.local[lane].resize(local + frame_bytes(function, Space::kLocal), 0xff);
-  for (size_t i = 0; i < arguments.size(); ++i)
-    std::memcpy(warp.params[lane].data() + params + function.parameters[results.size() + i].offset, values[i].data(),
-                values[i].size());
+  warp.params[lane].resize(params + param_frame(function), 0xff);
+  warp.local[lane].resize(local + local_frame(function), 0xff);
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const Variable& to = function.parameters[results.size() + i];
+    std::memcpy(warp.params[lane].data() + params + to.offset, values[i].data(), values[i].size());
+    if (to.register_index >= 0) set_register(warp, lane, callee.placed->first_register + to.register_index, values[i]);
+  }
   warp.param_base[lane] = params, warp.local_base[lane] = local;
   warp.frames[lane].push_back(std::move(frame));
   warp.pc[lane] = callee.placed->first_pc;
@@ -81,7 +92,9 @@ void leave(Context& c, int lane) {
     if (from.bytes != (*frame.results)[i].bytes && (*frame.results)[i].index < 0)
       fail(c, "a result has not the size of its parameter");
     const uint8_t* at = warp.params[lane].data() + warp.param_base[lane] + from.offset;
-    values.emplace_back(at, at + from.bytes);
+    if (from.register_index >= 0)
+      at = reinterpret_cast<const uint8_t*>(warp.reg(callee.first_register + from.register_index) + lane);
+    values.emplace_back(at, at + std::min<uint64_t>(from.bytes, from.register_index >= 0 ? 8 : from.bytes));
   }
   for (size_t i = 0; i < frame.saved.size(); ++i)
     warp.reg(callee.first_register + static_cast<int>(i))[lane] = frame.saved[i];
@@ -92,10 +105,7 @@ void leave(Context& c, int lane) {
       std::memcpy(warp.params[lane].data() + frame.param_base + to.offset, values[i].data(), values[i].size());
       continue;
     }
-    uint64_t value = 0;
-    std::memcpy(&value, values[i].data(), std::min<size_t>(8, values[i].size()));
-    warp.reg(to.index)[lane] = value;
-    warp.defined[to.index] |= 1u << lane;
+    set_register(warp, lane, to.index, values[i]);
   }
   warp.pc[lane] = frame.return_pc;
   warp.private_writes++;
@@ -139,6 +149,7 @@ Handler builtin(Builtin function, Results results, std::vector<Argument> argumen
       const Frame::Result& to = results[0];
       if (to.index >= 0) {
         c.warp.reg(to.index)[lane] = result;
+        c.warp.defined[to.index] |= 1u << lane;
       } else {
         auto& params = c.warp.params[lane];
         const uint64_t at = c.warp.param_base[lane] + to.offset;
@@ -166,10 +177,10 @@ Handler call(const Decoder& d) {
   return [=, target = d.source(callee)](Context& c) {
     for_lanes(c.mask, [&](int lane) {
       const uint64_t value = target.get(c, lane);
-      const auto& functions = c.grid.code->functions;
-      const uint64_t index = value - kFunctionWindow;
-      if (value < kFunctionWindow || index >= functions.size()) fail(c, "a call of what is no function");
-      enter(c, lane, {static_cast<uint32_t>(index), &functions[index]}, arguments, *results, *caller);
+      const Placed* placed = c.grid.code->find(value);
+      if (placed == nullptr) fail(c, "a call of what is no function with a body");
+      const auto index = static_cast<uint32_t>(placed - c.grid.code->functions.data());
+      enter(c, lane, {index, placed}, arguments, *results, *caller);
     });
     return Outcome::kJumped;
   };

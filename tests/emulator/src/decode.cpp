@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <sstream>
 
-#include "lexer.h"
 #include "machine.h"
 #include "special.h"
 
@@ -85,12 +84,10 @@ Source Decoder::source(const Operand& operand) const {
       source.special = special_index(operand.name);
       if (source.special < 0) unknown("special register " + operand.name);
       return source;
-    case Operand::Kind::kFunction: {
-      const Placed* found = code.find(operand.name);
-      if (found == nullptr) unknown("function, which has no body, " + operand.name);
-      source.constant = kFunctionWindow | static_cast<uint64_t>(found - code.functions.data());
+    case Operand::Kind::kFunction:
+      if (code.find(operand.name) == nullptr) unknown("function, which has no body, " + operand.name);
+      source.constant = function_pointer(*code.module, operand.name);
       return source;
-    }
     case Operand::Kind::kVariable: {
       const Variable& of = variable(operand);
       const auto space = of.space;
@@ -128,6 +125,17 @@ const Placed* Code::find(const std::string& name) const {
   return found == functions.end() ? nullptr : &*found;
 }
 
+const Placed* Code::find(uint64_t pointer) const {
+  const uint64_t index = pointer - kFunctionWindow;
+  if (pointer < kFunctionWindow || index >= module->functions.size()) return nullptr;
+  return find(std::next(module->functions.begin(), static_cast<std::ptrdiff_t>(index))->first);
+}
+
+uint64_t function_pointer(const Module& module, const std::string& name) {
+  const auto index = std::distance(module.functions.begin(), module.functions.find(name));
+  return kFunctionWindow | static_cast<uint64_t>(index);
+}
+
 const Placed& Code::at(uint32_t pc) const {
   const auto after = std::upper_bound(functions.begin(), functions.end(), pc,
                                       [](uint32_t value, const Placed& placed) { return value < placed.first_pc; });
@@ -144,13 +152,6 @@ std::string Code::register_name(int index) const {
 
 namespace {
 
-// Each function ends with a return, so that a body that runs off its end does as ISA and ptxas say.
-const Instruction kFinalReturn = [] {
-  Instruction last{};
-  last.opcode = last.text = "ret";
-  return last;
-}();
-
 void add_functions_of(const Operand& operand, std::vector<std::string>& names) {
   if (operand.kind == Operand::Kind::kFunction) names.push_back(operand.name);
   for (const Operand& element : operand.elements) add_functions_of(element, names);
@@ -159,19 +160,21 @@ void add_functions_of(const Operand& operand, std::vector<std::string>& names) {
 void place(Code& code, const Function& function) {
   code.functions.push_back({&function, static_cast<uint32_t>(code.instructions.size()), code.registers});
   for (const Instruction& instruction : function.instructions) code.instructions.push_back(&instruction);
-  code.instructions.push_back(&kFinalReturn);
   code.registers += static_cast<int>(function.registers.size());
 }
 
 void place_reachable(Code& code) {
   place(code, *code.function);
-  std::vector<std::string> names = code.module->functions_in_data();
+  std::vector<std::string> names;
+  for (const Variable& variable : code.module->variables)
+    for (const Relocation& relocation : variable.relocations)
+      if (!relocation.function.empty()) names.push_back(relocation.function);
   for (size_t done = 0; done < code.functions.size(); ++done) {
     for (const Instruction& instruction : code.functions[done].function->instructions)
       for (const Operand& operand : instruction.operands) add_functions_of(operand, names);
     for (const std::string& name : names) {
       const auto found = code.module->functions.find(name);
-      if (found != code.module->functions.end() && !found->second.instructions.empty() && code.find(name) == nullptr)
+      if (found != code.module->functions.end() && found->second.is_defined && code.find(name) == nullptr)
         place(code, found->second);
     }
     names.clear();
@@ -188,7 +191,7 @@ Touched::Undefined undefined_rule(const Instruction& instruction) {
 Handler decode_one(const Decoder& d) {
   for (auto* family :
        {decode_arithmetic, decode_convert, decode_memory, decode_matrix_memory, decode_atomic, decode_control,
-        decode_call, decode_warp, decode_barrier, decode_fence, decode_mbarrier, decode_copy, decode_wgmma}) {
+        decode_call, decode_warp, decode_barrier, decode_fence, decode_mbarrier, decode_copy, decode_wgmma, decode_mma}) {
     if (Handler handler = family(d.restart())) return handler;
     d.touched = {};
   }

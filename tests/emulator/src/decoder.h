@@ -55,9 +55,14 @@ struct Code {
   int registers = 0;
 
   const Placed* find(const std::string& name) const;
+  // Of the value that a pointer to a function has; null for others.
+  const Placed* find(uint64_t pointer) const;
   const Placed& at(uint32_t pc) const;
   std::string register_name(int index) const;
 };
+
+// What a pointer to a function is.
+uint64_t function_pointer(const Module& module, const std::string& name);
 
 // Raises Error on an instruction or a modifier it does not know, with line and text.
 std::shared_ptr<Code> decode(const Module& module, const Function& entry);
@@ -100,6 +105,7 @@ Handler decode_fence(const Decoder& d);
 Handler decode_mbarrier(const Decoder& d);
 Handler decode_copy(const Decoder& d);
 Handler decode_wgmma(const Decoder& d);
+Handler decode_mma(const Decoder& d);
 
 // Bytes of ".b32", ".bf16x2", ...; an Error for what is no type of PTX. A predicate has 1.
 int bytes_of(const std::string& type);

@@ -1,9 +1,7 @@
 #include "lexer.h"
 
 #include <algorithm>
-#include <bit>
-#include <charconv>
-#include <cstring>
+#include <map>
 #include <set>
 
 namespace emulator {
@@ -27,21 +25,28 @@ std::string on_one_line(std::string_view text) {
   return line;
 }
 
-template <typename T, typename... Base>
-bool whole(std::string_view text, T& value, Base... base) {
-  auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value, base...);
-  return error == std::errc() && end == text.data() + text.size();
+// For messages, which must be text whatever the PTX was.
+std::string printable(std::string_view text, size_t longest) {
+  std::string result;
+  for (char c : text.substr(0, longest)) {
+    if (c >= ' ' && c <= '~') {
+      result += c;
+    } else {
+      constexpr char kDigits[] = "0123456789abcdef";
+      result += std::string("\\x") + kDigits[(c >> 4) & 15] + kDigits[c & 15];
+    }
+  }
+  return text.size() > longest ? result + "..." : result;
 }
 
-const Token kWarpSize = {Token::Kind::kNumber, "32", 0};
+constexpr size_t kLongestText = 16 << 20, kLongestMessage = 2000, kLongestQuote = 200;
 
 }  // namespace
 
 uint64_t type_bytes(std::string_view type) {
   static const std::map<std::string_view, uint64_t> sizes = {
-      {"b8", 1},    {"u8", 1},     {"s8", 1},   {"b16", 2}, {"u16", 2}, {"s16", 2},  {"f16", 2},
-      {"bf16", 2},  {"b32", 4},    {"u32", 4},  {"s32", 4}, {"f32", 4}, {"b64", 8},  {"u64", 8},
-      {"f16x2", 4}, {"bf16x2", 4}, {"tf32", 4}, {"s64", 8}, {"f64", 8}, {"b128", 16}};
+      {"b8", 1},  {"u8", 1},  {"s8", 1},  {"b16", 2}, {"u16", 2}, {"s16", 2}, {"f16", 2}, {"f16x2", 4}, {"b32", 4},
+      {"u32", 4}, {"s32", 4}, {"f32", 4}, {"b64", 8}, {"u64", 8}, {"s64", 8}, {"f64", 8}, {"b128", 16}};
   const auto found = sizes.find(type);
   return found == sizes.end() ? 0 : found->second;
 }
@@ -91,6 +96,7 @@ bool is_special_register(std::string_view name) {
 }
 
 Lexer::Lexer(const std::string& text) : text_(text), code_(text) {
+  if (text.size() > kLongestText) throw Error("a PTX text of more than 16 MiB");
   blank_comments();
   tokenize();
 }
@@ -99,7 +105,9 @@ void Lexer::fail(int line, const std::string& what) const {
   size_t begin = 0;
   for (int i = 1; i < line; ++i) begin = text_.find('\n', begin) + 1;
   const std::string_view rest = std::string_view(text_).substr(begin);
-  throw Error("line " + std::to_string(line) + ": " + what + ": " + on_one_line(rest.substr(0, rest.find('\n'))));
+  const std::string quoted = on_one_line(rest.substr(0, rest.find('\n')));
+  throw Error("line " + std::to_string(line) + ": " + printable(what, kLongestMessage) + ": " +
+              printable(quoted, kLongestQuote));
 }
 
 void Lexer::blank_comments() {
@@ -133,6 +141,7 @@ void Lexer::blank_comments() {
 }
 
 void Lexer::tokenize() {
+  static const std::set<std::string_view> kOperators = {"<<", ">>", "<=", ">=", "==", "!=", "&&", "||"};
   const std::string_view code = code_;
   const auto at = [&](size_t i) { return i < code.size() ? code[i] : '\0'; };
   int line = 1;
@@ -150,11 +159,13 @@ void Lexer::tokenize() {
       end = code.find('"', end) + 1;
     } else if (is_digit(c) || (c == '.' && is_digit(at(end)))) {
       kind = Token::Kind::kNumber;
-      while (is_name(at(end)) || at(end) == '.') ++end;
+      end = number_end(i);
     } else if (is_letter(c) || ((c == '.' || c == '%') && is_letter(at(end)))) {
       kind = Token::Kind::kWord;
       end = word_end(i);
-    } else if (std::string_view("{}[]()<>,;:|!@=+-").find(c) == std::string_view::npos) {
+    } else if (kOperators.contains(code.substr(i, 2))) {
+      ++end;
+    } else if (std::string_view("{}[]()<>,;:|!@=+-~*/%&^?").find(c) == std::string_view::npos) {
       fail(line, std::string("character '") + c + "' has no meaning here");
     }
     tokens_.push_back({kind, code.substr(i, end - i), line});
@@ -178,6 +189,20 @@ size_t Lexer::word_end(size_t begin) const {
       return end;
     }
   }
+}
+
+size_t Lexer::number_end(size_t begin) const {
+  const auto at = [&](size_t i) { return i < code_.size() ? code_[i] : '\0'; };
+  size_t end = begin + 1;
+  while (is_name(at(end)) || at(end) == '.') ++end;
+  const std::string_view number = std::string_view(code_).substr(begin, end - begin);
+  const bool exponent = (number.back() == 'e' || number.back() == 'E') &&
+                        number.substr(0, number.size() - 1).find_first_not_of("0123456789.") == number.npos;
+  if (exponent && (at(end) == '+' || at(end) == '-') && is_digit(at(end + 1))) {  // 1.5e-3
+    ++end;
+    while (is_digit(at(end))) ++end;
+  }
+  return end;
 }
 
 const Token& Lexer::peek(size_t ahead) const { return tokens_[std::min(position_ + ahead, tokens_.size() - 1)]; }
@@ -216,209 +241,12 @@ std::string Lexer::since(const Token& first) const {
   return on_one_line({first.text.data(), last.data() + last.size()});
 }
 
-void Lexer::skip_section() {
-  expect("{");
+void Lexer::skip_group(std::string_view open, std::string_view close) {
+  expect(open);
   for (int depth = 1; depth > 0; ++position_) {
-    if (is(Token::Kind::kEnd)) unexpected("}");
-    depth += is("{") ? 1 : is("}") ? -1 : 0;
+    if (is(Token::Kind::kEnd)) unexpected(std::string(close));
+    depth += is(open) ? 1 : is(close) ? -1 : 0;
   }
-}
-
-uint64_t Lexer::integer(uint64_t limit) {
-  const Token& token = peek();
-  const Operand value = is("-") ? Operand{} : literal();
-  if (value.kind != Operand::Kind::kInteger || static_cast<uint64_t>(value.integer) > limit) {
-    fail(token.line, "bad number " + std::string(token.text));
-  }
-  return static_cast<uint64_t>(value.integer);
-}
-
-Operand Lexer::literal() {
-  const bool negative = accept("-");
-  const Token& token = accept("WARP_SZ") ? kWarpSize : take(Token::Kind::kNumber, "a number");
-  std::string_view digits = token.text;
-  const char letter = digits.size() > 2 && digits[0] == '0' ? static_cast<char>(digits[1] | 0x20) : '\0';
-  Operand result{};
-  uint64_t bits = 0;
-  bool good = false;
-  if (letter == 'f' || letter == 'd' || digits.find('.') != digits.npos) {
-    result.kind = Operand::Kind::kFloat;
-    result.bytes = letter == 'f' ? 4 : 8;
-    if (letter == 'f' || letter == 'd') {
-      good = digits.size() == 2 + 2 * static_cast<size_t>(result.bytes) && whole(digits.substr(2), bits, 16);
-    } else {
-      double value = 0;
-      good = whole(digits, value);
-      bits = std::bit_cast<uint64_t>(value);
-    }
-    if (negative) bits ^= 1ull << (8 * result.bytes - 1);
-  } else {
-    result.kind = Operand::Kind::kInteger;
-    if (digits.back() == 'U') digits.remove_suffix(1);
-    if (letter == 'x' || letter == 'b') {
-      good = whole(digits.substr(2), bits, letter == 'x' ? 16 : 2);
-    } else {
-      good = whole(digits, bits, digits.size() > 1 && digits[0] == '0' ? 8 : 10);
-    }
-    if (negative) bits = 0 - bits;
-  }
-  if (!good) fail(token.line, "bad number " + std::string(token.text));
-  result.integer = static_cast<int64_t>(bits);
-  return result;
-}
-
-// What says nothing about the run: .pragma, .file, .loc, .section.
-bool Lexer::inert_statement() {
-  if (accept(".pragma")) {
-    do take(Token::Kind::kString, "a string");
-    while (accept(","));
-    expect(";");
-  } else if (accept(".file")) {
-    integer();
-    take(Token::Kind::kString, "a file name");
-    while (accept(",")) integer();
-  } else if (accept(".loc")) {
-    for (int i = 0; i < 3; ++i) integer();
-    while (accept(",")) {
-      if (accept("function_name")) {
-        name("a label");
-        if (accept("+")) integer();
-      } else {
-        expect("inlined_at");
-        for (int i = 0; i < 3; ++i) integer();
-      }
-    }
-  } else if (accept(".section")) {
-    take(Token::Kind::kWord, "a section name");
-    skip_section();
-  } else {
-    return false;
-  }
-  return true;
-}
-
-std::map<std::string, std::vector<uint32_t>> Lexer::function_directives() {
-  static const std::set<std::string_view> known = {
-      ".maxntid",         ".reqntid",           ".minnctapersm",   ".maxnctapersm",      ".maxnreg",
-      ".explicitcluster", ".reqnctapercluster", ".maxclusterrank", ".blocksareclusters", ".noreturn"};
-  std::map<std::string, std::vector<uint32_t>> directives;
-  while (true) {
-    if (is(".pragma")) {
-      inert_statement();
-      continue;
-    }
-    if (!is(Token::Kind::kWord)) return directives;
-    if (!known.contains(peek().text)) fail("unknown directive " + std::string(peek().text));
-    const Token& directive = take(Token::Kind::kWord, "a directive");
-    std::vector<uint32_t>& values = directives[std::string(directive.text.substr(1))];
-    if (!is(Token::Kind::kNumber)) continue;
-    do values.push_back(static_cast<uint32_t>(integer(UINT32_MAX)));
-    while (accept(","));
-  }
-}
-
-uint32_t Lexer::alignment() {
-  const int line = peek().line;
-  const uint64_t value = integer(1 << 20);
-  if (!std::has_single_bit(value)) fail(line, "an alignment must be a power of two");
-  return static_cast<uint32_t>(value);
-}
-
-// Type and alignment; `bytes` of an element, which has `width` numbers.
-Variable Lexer::attributes(Space space, bool is_extern, uint64_t& width) {
-  Variable v{};
-  v.space = space;
-  v.is_extern = is_extern;
-  while (is(Token::Kind::kWord) && peek().text[0] == '.') {
-    if (accept(".align")) {
-      v.alignment = alignment();
-    } else if (accept(".v2")) {
-      width = 2;
-    } else if (accept(".v4")) {
-      width = 4;
-    } else if (space == Space::kParam && accept(".ptr")) {
-      for (const char* target : {".global", ".shared", ".local", ".const"}) accept(target);
-      if (accept(".align")) alignment();  // of what it points to
-    } else if (v.type.empty() && type_bytes(peek().text.substr(1)) != 0) {
-      v.type = take(Token::Kind::kWord, "a type").text.substr(1);
-    } else {
-      fail("unknown attribute of a variable " + std::string(peek().text));
-    }
-  }
-  if (v.type.empty()) unexpected("a type");
-  v.bytes = width * type_bytes(v.type);
-  if (v.alignment == 0) v.alignment = static_cast<uint32_t>(v.bytes);
-  return v;
-}
-
-const Token& Lexer::declarator(Variable& variable, uint64_t width) {
-  const Token& token = name("the name of a variable");
-  variable.name = token.text;
-  std::vector<uint64_t> extents;
-  while (accept("[")) {
-    const bool open = extents.empty() && is("]");
-    extents.push_back(open ? 0 : integer(UINT32_MAX));
-    if (__builtin_mul_overflow(variable.bytes, extents.back(), &variable.bytes)) fail("too large an array");
-    expect("]");
-  }
-  const bool may_start = variable.space == Space::kGlobal || variable.space == Space::kConst;
-  const bool open = !extents.empty() && extents[0] == 0;
-  if (may_start && !variable.is_extern && accept("=")) {
-    if (open) extents[0] = UINT32_MAX;
-    if (width > 1) extents.push_back(width);
-    initial_values(variable, extents, 0);
-    uint64_t row = type_bytes(variable.type);
-    for (size_t i = 1; i < extents.size(); ++i) row *= extents[i];
-    if (row == 0) fail("too large or too small an array");
-    if (open) variable.bytes = (variable.initial.size() + row - 1) / row * row;
-    variable.initial.resize(variable.bytes);
-  } else if (open && !variable.is_extern && variable.space != Space::kParam) {
-    fail("an array without a size");
-  }
-  return token;
-}
-
-void Lexer::initial_values(Variable& variable, std::span<const uint64_t> extents, uint64_t at) {
-  if (extents.empty()) return initial_value(variable, at);
-  const uint64_t number = type_bytes(variable.type);
-  if (extents.size() == 1 && number == 1 && is(Token::Kind::kString)) {
-    const std::string_view text = peek().text.substr(1, peek().text.size() - 2);
-    if (text.size() > extents[0]) fail("too many initial values");
-    if (text.find('\\') != text.npos) fail("escapes in strings are unknown");
-    variable.initial.resize(std::max<size_t>(variable.initial.size(), at + text.size()));
-    std::copy(text.begin(), text.end(), variable.initial.begin() + static_cast<std::ptrdiff_t>(at));
-    take(Token::Kind::kString, "a string");
-    return;
-  }
-  uint64_t stride = number;
-  for (uint64_t extent : extents.subspan(1)) stride *= extent;
-  expect("{");
-  if (accept("}")) return;
-  for (uint64_t i = 0; i == 0 || accept(","); ++i) {
-    if (i == extents[0]) fail("too many initial values");
-    initial_values(variable, extents.subspan(1), at + i * stride);
-  }
-  expect("}");
-}
-
-void Lexer::initial_value(Variable& variable, uint64_t at) {
-  if (is(Token::Kind::kWord)) fail("an address as initial value is not supported");
-  const Token& token = peek();
-  const Operand value = literal();
-  const uint64_t size = type_bytes(variable.type);
-  int64_t bits = value.integer;
-  const bool is_float = variable.type == "f32" || variable.type == "f64";
-  if (is_float && (value.kind == Operand::Kind::kInteger || value.bytes == 8)) {
-    const double number =
-        value.kind == Operand::Kind::kInteger ? static_cast<double>(bits) : std::bit_cast<double>(bits);
-    bits = size == 8 ? std::bit_cast<int64_t>(number) : std::bit_cast<int32_t>(static_cast<float>(number));
-  } else if (value.kind == Operand::Kind::kFloat && static_cast<uint64_t>(value.bytes) != size) {
-    fail(token.line, "initial value of another size than " + variable.type);
-  } else if (size < 8 && (bits >> (8 * size) > 0 || bits >> (8 * size - 1) < -1)) {
-    fail(token.line, "initial value too large for " + variable.type);
-  }
-  variable.initial.resize(std::max(variable.initial.size(), at + size));
-  std::memcpy(variable.initial.data() + at, &bits, std::min(size, sizeof bits));
 }
 
 }  // namespace emulator

@@ -1,9 +1,7 @@
-// PTX text cut into tokens, what of it can be read without knowing names, and the messages that quote it.
+// PTX text cut into tokens, its constant expressions, and the messages that quote it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <map>
-#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -25,11 +23,21 @@ struct Token {
   int line;
 };
 
-// Sizes of the types of variables and registers; 0 for all else, .pred included.
-uint64_t type_bytes(std::string_view type);
-
 // Whether "%tid.x" and the like name a special register.
 bool is_special_register(std::string_view name);
+
+// The value of a constant expression: an integer of 64 bits, or a floating-point number.
+struct Constant {
+  enum class Kind {
+    kInteger,  // `bits`, signed or not
+    kDouble,   // `bits` of a double, written in decimal or as 0d
+    kSingle,   // `bits` of a float, written as 0f
+  };
+  Kind kind = Kind::kInteger;
+  bool is_unsigned = false;
+  bool is_decimal = false;  // a number whose size only the type of the instruction tells
+  uint64_t bits = 0;
+};
 
 // The tokens and a position among them.
 class Lexer {
@@ -47,14 +55,11 @@ class Lexer {
   const Token& name(const char* what);
   bool accept(std::string_view text);
   void expect(std::string_view text);
-  uint64_t integer(uint64_t limit = UINT64_MAX);
-  Operand literal();  // kInteger or kFloat
-
-  // What of a declaration can be read without knowing any name. These leave the offset to the parser.
-  Variable attributes(Space space, bool is_extern, uint64_t& width);   // of `bytes` for an element of `width` numbers
-  const Token& declarator(Variable& variable, uint64_t width);         // name, extents and initial values
-  std::map<std::string, std::vector<uint32_t>> function_directives();  // between parameters and body
-  bool inert_statement();  // whether there was one: .pragma, .file, .loc, .section
+  void skip_group(std::string_view open, std::string_view close);  // what these enclose, nested ones as well
+  uint64_t integer(uint64_t limit = UINT64_MAX);                   // one literal
+  bool at_constant() const;
+  Constant constant() { return conditional(0); }  // an expression
+  int64_t integer_constant(const char* what);
 
   // All from token `first` up to here, without comments, on one line.
   std::string since(const Token& first) const;
@@ -67,10 +72,13 @@ class Lexer {
   void blank_comments();
   void tokenize();
   size_t word_end(size_t begin) const;
-  void skip_section();
-  uint32_t alignment();
-  void initial_values(Variable& variable, std::span<const uint64_t> extents, uint64_t at);
-  void initial_value(Variable& variable, uint64_t at);
+  size_t number_end(size_t begin) const;
+  // constant.cpp; `depth` bounds the recursion.
+  Constant conditional(int depth);
+  Constant binary(int level, int depth);
+  Constant unary(int depth);
+  Constant literal();
+  Constant apply(std::string_view op, const Constant& a, const Constant& b, int line) const;
 
   std::string text_;
   std::string code_;  // text_ with spaces for comments

@@ -22,7 +22,7 @@ void start_cta(Machine& machine, Grid& grid, Cta& cta) {
   cta.warps.resize((threads + kLanes - 1) / kLanes);
   cta.live_warps = static_cast<int>(cta.warps.size());
   cta.shared.allocate(static_shared_bytes(function) + grid.shared_bytes, cta.warps.size());
-  const uint32_t local = frame_bytes(function, Space::kLocal), params = frame_bytes(function, Space::kParam);
+  const uint32_t local = local_frame(function), params = param_frame(function);
   for (size_t i = 0; i < cta.warps.size(); ++i) {
     Warp& warp = cta.warps[i];
     warp.index = static_cast<int>(i);
@@ -103,6 +103,14 @@ uint32_t check_reads(const Context& c, const Touched& touched) {
   return some ? all : 0;
 }
 
+// Registers that the tensor core may still read or write are nobody else's.
+void check_wgmma(const Context& c, const std::vector<int>& registers) {
+  for (int index : registers) {
+    if (c.warp.wgmma.holds(index)) fail(c, c.warp.wgmma.holder(*c.grid.code, index));
+    c.warp.wgmma.touched(index);
+  }
+}
+
 void exit_warp(Machine& machine, Context& c) {
   Cta& cta = c.cta;
   cta.live_warps--;
@@ -128,6 +136,10 @@ void step(Machine& machine, Grid& grid, Cta& cta, Warp& warp) {
   }
   warp.tried |= group;
   const uint32_t mask = context.mask;
+  if (mask && !touched.owns && warp.wgmma.watches()) {
+    check_wgmma(context, touched.reads);
+    check_wgmma(context, touched.writes);
+  }
   Outcome outcome = Outcome::kNext;
   if (mask) {
     const uint32_t undefined = touched.owns ? 0 : check_reads(context, touched);
@@ -304,15 +316,10 @@ uint64_t static_shared_bytes(const Function& function) {
   return bytes;
 }
 
-uint32_t frame_bytes(const Function& function, Space space) {
-  uint64_t end = 0;
-  const auto count = [&](const std::vector<Variable>& variables) {
-    for (const Variable& variable : variables)
-      if (variable.space == space) end = std::max(end, variable.offset + variable.bytes);
-  };
-  count(function.parameters);
-  count(function.variables);
-  return static_cast<uint32_t>((end + 15) & ~15ull);
+std::string source_name(const Context& context) {
+  const auto& files = context.grid.code->module->files;
+  const auto index = static_cast<size_t>(context.instruction.source_file);
+  return index < files.size() ? files[index] : "?";
 }
 
 std::string where(const Context& context) {
@@ -320,7 +327,7 @@ std::string where(const Context& context) {
   const Instruction& at = context.instruction;
   text << context.grid.code->function->name << " line " << at.line;
   if (at.source_line > 0)
-    text << " (" << context.grid.code->module->file(at.source_file) << ":" << at.source_line << ")";
+    text << " (" << source_name(context) << ":" << at.source_line << ")";
   text << ", CTA (" << context.cta.id[0] << ", " << context.cta.id[1] << ", " << context.cta.id[2] << ") warp "
        << context.warp.index << " lanes " << lanes_text(context.mask) << ": " << at.text;
   return text.str();

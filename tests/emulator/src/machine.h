@@ -14,6 +14,7 @@
 #include "ptx.h"
 #include "shared_memory.h"
 #include "tensor_map.h"
+#include "wgmma.h"
 
 namespace emulator {
 
@@ -50,15 +51,6 @@ struct Context {
 // A bulk-async group of one thread: what wait_group and wait_group.read wait for.
 struct BulkGroup {
   int unread = 0, unwritten = 0;
-};
-
-// wgmma of one warp that is not yet waited for.
-struct WgmmaIssue {
-  const Instruction* instruction;
-  std::vector<int> registers;
-  uint64_t a, b;
-  bool accumulate;
-  int n;
 };
 
 // What a warp waits for, for the report of a deadlock.
@@ -108,13 +100,7 @@ struct Warp {
   uint64_t wait_token = 0;
   std::array<std::deque<std::shared_ptr<BulkGroup>>, kLanes> bulk_groups;
   std::array<std::shared_ptr<BulkGroup>, kLanes> open_group;
-  // wgmma: issued but not retired, oldest first; values live in `shadow` until this warp waits.
-  std::deque<WgmmaIssue> wgmma;
-  uint64_t wgmma_issued = 0, wgmma_done = 0, wgmma_retired = 0;  // counts of instructions
-  std::vector<uint64_t> wgmma_commits;                           // wgmma_issued at each commit not yet retired
-  std::map<int, std::array<uint32_t, kLanes>> shadow;
-  std::map<int, int> in_flight;
-  bool wgmma_fenced = false;  // since the last wait, after which other instructions may have used the registers
+  WgmmaState wgmma;
 
   uint64_t* reg(int index) { return registers.data() + static_cast<size_t>(index) * kLanes; }
 };
@@ -194,8 +180,9 @@ void mbarrier_complete_tx(Machine& machine, Cta& cta, uint32_t offset, int64_t b
 // Runs the oldest wgmma that all four warps of a warpgroup have issued; false if there is none.
 bool wgmma_advance(Machine& machine, Cta& cta, int first_warp);
 
-// Bytes that calls pass, and the end of local variables.
-uint32_t frame_bytes(const Function& function, Space space);
+// Bytes of an activation of a function, in local memory and in what calls pass.
+inline uint32_t local_frame(const Function& function) { return static_cast<uint32_t>(function.local_bytes + 15) & ~15u; }
+inline uint32_t param_frame(const Function& function) { return static_cast<uint32_t>(function.param_bytes + 15) & ~15u; }
 
 // Whether all of `members` that live are at this instruction; else they must wait for each other.
 inline bool gathered(const Context& c, uint32_t members) { return (members & c.warp.live & ~c.mask) == 0; }

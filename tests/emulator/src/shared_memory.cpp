@@ -98,7 +98,7 @@ void shared_fence(Cta& cta, int warp, uint32_t lanes) {
   if (lanes == kAllLanes) shared.written[warp].clear();
 }
 
-void async_read_shared(const Cta& cta, uint32_t offset, void* out, uint32_t bytes, const std::string& who) {
+void check_async_read(const Cta& cta, uint32_t offset, uint32_t bytes, const std::string& who) {
   const SharedMemory& shared = cta.shared;
   for (uint32_t i = offset; i < offset + bytes; ++i) {
     if (shared.unfenced[i])
@@ -107,7 +107,11 @@ void async_read_shared(const Cta& cta, uint32_t offset, void* out, uint32_t byte
     if (!shared.defined[i])
       throw Error(who + ": the async proxy reads shared byte " + std::to_string(i) + ", which nobody has written");
   }
-  std::memcpy(out, shared.bytes.data() + offset, bytes);
+}
+
+void async_read_shared(const Cta& cta, uint32_t offset, void* out, uint32_t bytes, const std::string& who) {
+  check_async_read(cta, offset, bytes, who);
+  std::memcpy(out, cta.shared.bytes.data() + offset, bytes);
 }
 
 void async_write_shared(Cta& cta, uint32_t offset, const void* in, uint32_t bytes) {

@@ -52,6 +52,7 @@ void shared_write(Context& context, int lane, Cta& cta, uint32_t offset, const v
 void shared_fence(Cta& cta, int warp, uint32_t lanes);
 
 // The async proxy: reads find what is defined and fenced, or raise.
+void check_async_read(const Cta& cta, uint32_t offset, uint32_t bytes, const std::string& who);
 void async_read_shared(const Cta& cta, uint32_t offset, void* out, uint32_t bytes, const std::string& who);
 void async_write_shared(Cta& cta, uint32_t offset, const void* in, uint32_t bytes);
 // Work in flight: +1 at issue, -1 once it is known to be over. What it collides with raises at issue.

@@ -1,213 +1,365 @@
 // wgmma: issued by the four warps of a warpgroup, run some time later and in order, visible to a warp once it waits.
-#include <bit>
-#include <cmath>
+#include "wgmma.h"
 
-#include "machine.h"
+#include <algorithm>
+#include <cstring>
+
+#include "descriptor.h"
 
 namespace emulator {
 namespace {
 
-constexpr int kStep = 32, kRows = 64;
-constexpr int kFractionBits = 13;
+constexpr int kRows = 64, kWarps = 4, kWarpRows = kRows / kWarps;
+constexpr int kMostN = 256, kMostPending = 7;
+// What a register holds while it belongs to the tensor core.
 constexpr uint64_t kPoison = 0x7fc0dead;
-constexpr uint32_t kNan = 0x7fffffff;
 
-// An e4m3 code: sign * significand / 8 * 2^exponent.
-struct Code8 {
-  int significand, exponent;
-  bool nan;
-};
-
-constexpr Code8 decode_e4m3(uint8_t code) {
-  const int field = code >> 3 & 15, fraction = code & 7;
-  Code8 out{field ? 8 + fraction : fraction, field ? field - 7 : -6, (code & 0x7f) == 0x7f};
-  if (code & 0x80) out.significand = -out.significand;
-  return out;
+std::string describe(const Instruction& instruction) {
+  return "line " + std::to_string(instruction.line) + ": " +
+         instruction.text.substr(0, instruction.text.find_first_of("{ "));
 }
 
-constexpr auto kCodes = [] {
-  std::array<Code8, 256> codes{};
-  for (int i = 0; i < 256; ++i) codes[i] = decode_e4m3(static_cast<uint8_t>(i));
-  return codes;
-}();
-
-// 32 products and the accumulator as one sum: every term cut toward zero to 13 bits below the largest exponent, the
-// exact sum cut toward zero to 13 bits of fraction (MMA-Sim's model of Hopper).
-uint32_t fused_sum(const uint8_t* a, const uint8_t* b, uint32_t acc_bits) {
-  const float acc = std::bit_cast<float>(acc_bits);
-  int largest = -10000, acc_exponent = 0;
-  int64_t acc_significand = 0;
-  if (!std::isfinite(acc)) return kNan;
-  if (acc != 0) {
-    acc_significand = acc_bits & 0x7fffff;
-    const int field = acc_bits >> 23 & 255;
-    if (field) acc_significand |= 0x800000;
-    acc_exponent = field ? field - 127 : -126;
-    largest = acc_exponent;
-  }
-  for (int k = 0; k < kStep; ++k) {
-    const Code8 &x = kCodes[a[k]], &y = kCodes[b[k]];
-    if (x.nan || y.nan) return kNan;
-    if (x.significand && y.significand) largest = std::max(largest, x.exponent + y.exponent);
-  }
-  if (largest == -10000) return 0;
-  int64_t sum = 0;
-  const auto add = [&](int64_t significand, int fraction_bits, int exponent) {
-    const int64_t magnitude = (significand < 0 ? -significand : significand) << kFractionBits;
-    const int shift = std::min(fraction_bits + largest - exponent, 62);
-    const int64_t kept = magnitude >> shift;
-    sum += significand < 0 ? -kept : kept;
-  };
-  for (int k = 0; k < kStep; ++k) {
-    const Code8 &x = kCodes[a[k]], &y = kCodes[b[k]];
-    add(x.significand * y.significand, 6, x.exponent + y.exponent);
-  }
-  add(acc_bits >> 31 ? -acc_significand : acc_significand, 23, acc_exponent);
-  uint64_t magnitude = sum < 0 ? -sum : sum;
-  const int surplus = 64 - std::countl_zero(magnitude) - (kFractionBits + 1);
-  if (surplus > 0) magnitude &= ~0ull << surplus;
-  const double value = std::ldexp(static_cast<double>(magnitude), largest - kFractionBits);
-  return std::bit_cast<uint32_t>(static_cast<float>(sum < 0 ? -value : value));
+// An aligned instruction waits for lanes that are elsewhere; a guard must not part them.
+bool converged(const Context& c) {
+  if (c.group != c.warp.live) return false;
+  if (c.mask != kAllLanes) fail(c, "wgmma is executed by all lanes of a warp");
+  return true;
 }
 
-// Rows of 32 bytes that a K-major descriptor names.
-std::vector<uint8_t> gather(const Cta& cta, uint64_t descriptor, int rows, const std::string& who) {
-  const auto start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
-  const auto stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
-  const int mode = static_cast<int>(descriptor >> 62);
-  if (descriptor >> 49 & 7) throw Error(who + ": a matrix descriptor with a base offset is not emulated");
-  if (mode == 0) throw Error(who + ": operands without swizzle are not emulated yet");
-  const int log = 4 - mode;  // 128B is mode 1, 64B 2, 32B 3
-  const uint32_t pitch = 16u << log, mask = (1u << log) - 1;
-  std::vector<uint8_t> out(rows * kStep);
-  for (int row = 0; row < rows; ++row) {
-    for (int k = 0; k < kStep; k += 16) {
-      const uint32_t linear = start + row % 8 * pitch + row / 8 * stride + k;
-      const uint32_t offset = shared_offset(cta, linear ^ (((linear >> 7) & mask) << 4), 16, who);
-      async_read_shared(cta, offset, out.data() + row * kStep + k, 16, who);
+Outcome wait_for_warp(Context& c) {
+  c.warp.wait = {Wait::For::kLanes, &c.cta, 0, c.warp.live};
+  return Outcome::kBlocked;
+}
+
+template <class F>
+void for_shared_operands(const Cta& cta, const WgmmaIssue& issue, const std::string& who, F&& f) {
+  const WgmmaForm& form = *issue.form;
+  const auto visit = [&](int, int, uint32_t offset) { f(offset); };
+  if (form.fragments.empty()) for_granules(cta, issue.a, kRows, form.a_transposed, who + " A", visit);
+  for_granules(cta, issue.b, form.n, form.b_transposed, who + " B", visit);
+}
+
+int shape_of(const WgmmaForm& form) {
+  return (form.n << 8 | size_of(form.format.b) << 4 | static_cast<int>(form.format.d)) << 1;
+}
+
+std::string missing_fence(const Code& code, int index) {
+  return "no wgmma.fence since register " + code.register_name(index) +
+         " was last used by something else than wgmma of this shape";
+}
+
+void cover_registers(Warp& warp) {
+  warp.wgmma.values.resize(warp.registers.size());
+  warp.wgmma.registers.resize(warp.registers.size() / kLanes);
+}
+
+void check_defined(const Context& c, const std::vector<int>& registers) {
+  for (int index : registers) {
+    if (c.warp.defined[index] != kAllLanes)
+      fail(c, "it reads " + c.grid.code->register_name(index) + ", uninitialised in some lanes");
+  }
+}
+
+// Marks the registers of a wgmma as its own, and raises if they are not free for it.
+void claim(const Context& c, const WgmmaForm& form) {
+  WgmmaState& state = c.warp.wgmma;
+  const Code& code = *c.grid.code;
+  if (state.fences == 0) fail(c, "no wgmma.fence before the first wgmma");
+  cover_registers(c.warp);
+  const int shape = shape_of(form);
+  for (int index : form.fragments) {
+    WgmmaState::Register& r = state.registers[index];
+    if (r.accumulating > 0) fail(c, state.holder(code, index));
+    if (r.accessed >= state.fences && r.user != WgmmaState::kFragment) fail(c, missing_fence(code, index));
+    r.accessed = state.fences, r.user = WgmmaState::kFragment;
+    r.reading++;
+  }
+  for (int index : form.accumulators) {
+    WgmmaState::Register& r = state.registers[index];
+    if (r.reading > 0 || (r.accumulating > 0 && r.user != shape)) fail(c, state.holder(code, index));
+    if (r.accessed >= state.fences && r.user != shape) fail(c, missing_fence(code, index));
+    r.accessed = state.fences, r.user = shape;
+    if (r.accumulating++ > 0) continue;
+    uint64_t* registers = c.warp.reg(index);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      state.values[index * kLanes + lane] = static_cast<uint32_t>(registers[lane]);
+      registers[lane] = kPoison;
     }
   }
+}
+
+// The oldest wgmma of a warp is done and waited for: its registers are ordinary ones again.
+void retire(const Context& c) {
+  WgmmaState& state = c.warp.wgmma;
+  const WgmmaIssue& issue = state.issues.front();
+  for_shared_operands(c.cta, issue, where(c), [&](uint32_t offset) { hold_reads(c.cta, offset, kGranule, -1, nullptr, ""); });
+  for (int index : issue.form->fragments) state.registers[index].reading--;
+  for (int index : issue.form->accumulators) {
+    if (--state.registers[index].accumulating > 0) continue;
+    uint64_t* registers = c.warp.reg(index);
+    for (int lane = 0; lane < kLanes; ++lane) registers[lane] = state.values[index * kLanes + lane];
+  }
+  state.issues.pop_front();
+  state.retired++;
+}
+
+// The registers of a vector operand, each of 4 bytes and once.
+std::vector<int> registers_of(const Decoder& d, const Operand& operand, size_t count) {
+  std::vector<int> out;
+  for (const Operand& element : operand.elements) {
+    if (element.kind != Operand::Kind::kRegister) d.unknown("operand, which must be of registers");
+    const std::string& type = d.placed.function->registers[element.index].type;
+    if (type == "pred" || type_bytes(type) != 4) d.unknown("type of a register, which must have 32 bits");
+    out.push_back(d.placed.first_register + element.index);
+  }
+  if (out.size() != count) d.unknown("number of registers, which must be " + std::to_string(count));
+  std::vector<int> sorted = out;
+  std::sort(sorted.begin(), sorted.end());
+  if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) d.unknown("register twice in one operand");
   return out;
 }
 
-// Row and column of register v of a thread's accumulator.
-int row_of(int warp, int lane, int v) { return 16 * warp + lane / 4 + 8 * (v / 2 % 2); }
-int column_of(int lane, int v) { return 8 * (v / 4) + 2 * (lane % 4) + v % 2; }
+int64_t literal(const Decoder& d, size_t index, std::initializer_list<int64_t> legal) {
+  const Operand& operand = d.operand(index);
+  if (operand.kind != Operand::Kind::kInteger || std::find(legal.begin(), legal.end(), operand.integer) == legal.end())
+    d.unknown("immediate " + std::to_string(index));
+  return operand.integer;
+}
+
+bool legal_n(Element element, int n) { return !is_integer(element) || n <= 32 || n % 16 == 0; }
+
+// .shape{.satfinite}.dtype.atype.btype{.satfinite}
+void decode_format(const Decoder& d, WgmmaForm& form) {
+  const std::string shape = d.next();
+  bool saturated = d.take("satfinite");
+  const std::string dtype = d.next(), atype = d.next(), btype = d.next();
+  saturated = d.take("satfinite") || saturated;
+  d.expect_done();
+  const auto format = matrix_format(dtype, atype, btype);
+  if (!format || (saturated && format->d != Result::kS32)) d.unknown("combination of types");
+  form.format = *format;
+  form.format.saturated = saturated;
+  if (is_fp8(format->a)) form.format.aligned_bits = kFp8Bits;
+  const std::string k = "k" + std::to_string(kOperandRowBytes / size_of(format->a));
+  for (int n = 8; n <= kMostN; n += 8) {
+    if (shape == "m64n" + std::to_string(n) + k && legal_n(format->a, n)) form.n = n;
+  }
+  if (form.n == 0) d.unknown("shape");
+}
 
 Handler mma(const Decoder& d) {
-  if (!(d.take("sync") && d.take("aligned"))) d.unknown("wgmma");
-  const std::string shape = d.next();
-  int n = 0;
-  if (std::sscanf(shape.c_str(), "m64n%dk32", &n) != 1 || n < 8 || n > 256 || n % 8) d.unknown("shape");
-  if (!(d.take("f32") && d.take("e4m3") && d.take("e4m3"))) d.unknown("type");
-  d.expect_done();
-  d.operands(6);
-  WgmmaIssue issue{&d.instruction, {}, 0, 0, false, n};
-  for (const Operand& element : d.operand(0).elements) issue.registers.push_back(d.destination(element));
-  if (issue.registers.size() != static_cast<size_t>(n / 2)) d.unknown("number of accumulators");
-  if (d.operand(4).integer != 1 || d.operand(5).integer != 1) d.unknown("negation");
-  return [issue, a = d.source(1), b = d.source(2), p = d.source(3)](Context& c) {
-    if (c.mask != kAllLanes) fail(c, "wgmma is executed by all lanes of a warp");
-    WgmmaIssue mine = issue;
-    mine.a = a.get(c, 0), mine.b = b.get(c, 0), mine.accumulate = p.get(c, 0) & 1;
+  d.touched.owns = true;
+  auto form = std::make_shared<WgmmaForm>();
+  form->instruction = &d.instruction;
+  decode_format(d, *form);
+  using Kind = Operand::Kind;
+  MatrixFormat& format = form->format;
+  form->accumulators = registers_of(d, d.operand(0), format.d == Result::kF16 ? form->n / 4 : form->n / 2);
+  const bool from_registers = d.operand(1).kind == Kind::kVector;
+  if (from_registers) form->fragments = registers_of(d, d.operand(1), 4);
+  for (int index : form->fragments) {
+    if (std::count(form->accumulators.begin(), form->accumulators.end(), index))
+      d.unknown("register that is both accumulator and A");
+  }
+  if (d.operand(3).kind == Kind::kRegister) {
+    if (d.placed.function->registers[d.operand(3).index].type != "pred") d.unknown("scale-d, which is a predicate");
+  } else {
+    literal(d, 3, {0, 1});
+  }
+  size_t count = 4;
+  if (!is_integer(format.a)) {
+    format.negated = literal(d, count, {-1, 1}) * literal(d, count + 1, {-1, 1}) < 0;
+    count += 2;
+  }
+  if (format.a == Element::kF16 || format.a == Element::kBf16) {
+    if (!from_registers) form->a_transposed = literal(d, count++, {0, 1}) == 1;
+    form->b_transposed = literal(d, count++, {0, 1}) == 1;
+  }
+  d.operands(count);
+  const Source a = from_registers ? Source{} : d.source(1), b = d.source(2), p = d.source(3);
+  return [form, a, b, p](Context& c) {
+    if (!converged(c)) return wait_for_warp(c);
+    const size_t first = c.warp.index / kWarps * kWarps;
+    if (first + kWarps > c.cta.warps.size())
+      fail(c, "wgmma is executed by a warpgroup, and the CTA has no warps " + std::to_string(c.cta.warps.size()) +
+                  " to " + std::to_string(first + kWarps - 1));
+    const WgmmaIssue issue{form, a.get(c, 0), b.get(c, 0), (p.get(c, 0) & 1) != 0};
     for (int lane = 1; lane < kLanes; ++lane) {
-      if (a.get(c, lane) != mine.a || b.get(c, lane) != mine.b || ((p.get(c, lane) & 1) != 0) != mine.accumulate)
-        fail(c, "lanes give different descriptors");
+      if (a.get(c, lane) != issue.a || b.get(c, lane) != issue.b || (p.get(c, lane) & 1) != issue.accumulate)
+        fail(c, "lanes 0 and " + std::to_string(lane) + " give different descriptors or scale-d");
     }
-    for (int index : mine.registers) {
-      if (c.warp.in_flight[index]++ > 0) continue;
-      if (!c.warp.wgmma_fenced) fail(c, "no wgmma.fence since other instructions could use the accumulators");
-      // From here to the wait the registers belong to the tensor core: their readers find poison.
-      auto& shadow = c.warp.shadow[index];
-      uint64_t* registers = c.warp.reg(index);
-      for (int lane = 0; lane < kLanes; ++lane)
-        shadow[lane] = static_cast<uint32_t>(registers[lane]), registers[lane] = kPoison;
-    }
-    c.warp.wgmma.push_back(std::move(mine));
-    c.warp.wgmma_issued++;
+    if (issue.accumulate) check_defined(c, form->accumulators);
+    check_defined(c, form->fragments);
+    claim(c, *form);
+    for (int index : form->accumulators) c.warp.defined[index] = kAllLanes;
+    const std::string who = where(c);
+    for_shared_operands(c.cta, issue, who, [&](uint32_t offset) {
+      hold_reads(c.cta, offset, kGranule, 1, &c.instruction, who);
+      check_async_read(c.cta, offset, kGranule, who);
+    });
+    c.warp.wgmma.issues.push_back(issue);
+    c.warp.wgmma.issued++;
     c.machine.events++;
     return Outcome::kNext;
   };
 }
 
 Handler wait_group(const Decoder& d) {
-  if (!(d.take("sync") && d.take("aligned"))) d.unknown("wgmma");
   d.expect_done();
-  const auto pending = static_cast<size_t>(d.operand(0).integer);
-  return [=](Context& c) {
-    Warp& warp = c.warp;
-    if (warp.wgmma_commits.size() <= pending) return Outcome::kNext;
-    const uint64_t needed = warp.wgmma_commits[warp.wgmma_commits.size() - pending - 1];
-    if (warp.wgmma_done < needed) {
-      warp.wait = {Wait::For::kWgmma, &c.cta, 0, 0};
+  d.operands(1);
+  const Operand& operand = d.operand(0);
+  if (operand.kind != Operand::Kind::kInteger || operand.integer < 0) d.unknown("number of groups");
+  const auto pending = static_cast<size_t>(std::min<int64_t>(operand.integer, kMostPending));
+  return [pending](Context& c) {
+    if (!converged(c)) return wait_for_warp(c);
+    WgmmaState& state = c.warp.wgmma;
+    if (state.commits.size() <= pending) return Outcome::kNext;
+    const uint64_t needed = state.commits[state.commits.size() - pending - 1];
+    if (state.done < needed) {
+      c.warp.wait = {Wait::For::kWgmma, &c.cta, 0, 0};
       return Outcome::kBlocked;
     }
-    for (; warp.wgmma_retired < needed; warp.wgmma_retired++) {
-      for (int index : warp.wgmma.front().registers) {
-        if (--warp.in_flight[index] > 0) continue;
-        uint64_t* registers = warp.reg(index);
-        for (int lane = 0; lane < kLanes; ++lane) registers[lane] = warp.shadow[index][lane];
-      }
-      warp.wgmma.pop_front();
-    }
-    warp.wgmma_fenced = false;
-    warp.wgmma_commits.erase(warp.wgmma_commits.begin(), warp.wgmma_commits.end() - pending);
+    while (state.retired < needed) retire(c);
+    state.commits.erase(state.commits.begin(), state.commits.end() - static_cast<std::ptrdiff_t>(pending));
     return Outcome::kNext;
   };
 }
 
-}  // namespace
-
-bool wgmma_advance(Machine& machine, Cta& cta, int first_warp) {
-  Warp* warps = cta.warps.data() + first_warp;
-  for (int w = 0; w < 4; ++w) {
-    if (warps[w].wgmma_issued <= warps[w].wgmma_done) return false;
-  }
-  const auto issue_of = [&](int w) -> const WgmmaIssue& {
-    return warps[w].wgmma[warps[w].wgmma_done - warps[w].wgmma_retired];
+Handler fence(const Decoder& d) {
+  d.expect_done();
+  d.operands(0);
+  return [](Context& c) {
+    if (!converged(c)) return wait_for_warp(c);
+    WgmmaState& state = c.warp.wgmma;
+    state.fences++;
+    cover_registers(c.warp);
+    return Outcome::kNext;
   };
-  const WgmmaIssue& issue = issue_of(0);
-  const std::string who =
-      "line " + std::to_string(issue.instruction->line) + ": " + issue.instruction->text.substr(0, 60);
-  for (int w = 1; w < 4; ++w) {
-    const WgmmaIssue& other = issue_of(w);
-    if (other.instruction != issue.instruction || other.a != issue.a || other.b != issue.b ||
-        other.accumulate != issue.accumulate)
-      throw Error(who + ": the warps of a warpgroup issue different wgmma");
-  }
-  const auto a = gather(cta, issue.a, kRows, who), b = gather(cta, issue.b, issue.n, who);
-  for (int w = 0; w < 4; ++w) {
-    const auto& registers = issue_of(w).registers;
-    for (int v = 0; v < issue.n / 2; ++v) {
-      auto& shadow = warps[w].shadow[registers[v]];
+}
+
+Handler commit_group(const Decoder& d) {
+  d.expect_done();
+  d.operands(0);
+  return [](Context& c) {
+    if (!converged(c)) return wait_for_warp(c);
+    c.warp.wgmma.commits.push_back(c.warp.wgmma.issued);
+    return Outcome::kNext;
+  };
+}
+
+// A matrix of `rows` rows contiguous in K, from shared memory.
+std::vector<uint8_t> gather(const Cta& cta, uint64_t descriptor, int rows, bool transposed, const std::string& who) {
+  std::vector<uint8_t> out(static_cast<size_t>(rows) * kOperandRowBytes);
+  for_granules(cta, descriptor, rows, transposed, who, [&](int row, int byte, uint32_t offset) {
+    uint8_t from[kGranule];
+    async_read_shared(cta, offset, from, kGranule, who);
+    uint8_t* to = out.data() + row * kOperandRowBytes + byte;
+    if (!transposed) {
+      std::memcpy(to, from, kGranule);
+    } else {
+      for (int i = 0; i < 8; ++i) std::memcpy(to + i * kOperandRowBytes, from + 2 * i, 2);
+    }
+  });
+  return out;
+}
+
+std::vector<uint8_t> gather_fragments(Warp* warps, const std::vector<int>& registers) {
+  std::vector<uint8_t> out(kRows * kOperandRowBytes);
+  for (int w = 0; w < kWarps; ++w) {
+    for (int r = 0; r < 4; ++r) {
+      const uint64_t* lanes = warps[w].reg(registers[r]);
       for (int lane = 0; lane < kLanes; ++lane) {
-        const uint32_t acc = issue.accumulate ? shadow[lane] : 0;
-        shadow[lane] = fused_sum(&a[row_of(w, lane, v) * kStep], &b[column_of(lane, v) * kStep], acc);
+        const int row = w * kWarpRows + a_row(lane, r);
+        std::memcpy(&out[row * kOperandRowBytes + a_byte(lane, r)], &lanes[lane], 4);
       }
     }
   }
-  for (int w = 0; w < 4; ++w) warps[w].wgmma_done++;
-  cta.grid->counters.wgmma_flops += 2ull * kRows * issue.n * kStep;
+  return out;
+}
+
+// Calls f(element of D, the word that holds it, its shift) for each element of the accumulators of four warps.
+template <class F>
+void for_accumulators(Warp* warps, const WgmmaForm& form, std::vector<uint32_t>& d, F&& f) {
+  const bool half = form.format.d == Result::kF16;
+  for (int w = 0; w < kWarps; ++w) {
+    for (int v = 0; v < form.n / 2; ++v) {
+      uint32_t* words = &warps[w].wgmma.values[form.accumulators[half ? v / 2 : v] * kLanes];
+      for (int lane = 0; lane < kLanes; ++lane)
+        f(d[(w * kWarpRows + accumulator_row(lane, v)) * form.n + accumulator_column(lane, v)], words[lane],
+          half ? v % 2 * 16 : 0);
+    }
+  }
+}
+
+void run(Cta& cta, Warp* warps, const WgmmaIssue& issue) {
+  const WgmmaForm& form = *issue.form;
+  const std::string who = describe(*form.instruction);
+  const auto a = form.fragments.empty() ? gather(cta, issue.a, kRows, form.a_transposed, who + " A")
+                                        : gather_fragments(warps, form.fragments);
+  const auto b = gather(cta, issue.b, form.n, form.b_transposed, who + " B");
+  const uint32_t mask = form.format.d == Result::kF16 ? 0xffff : 0xffffffff;
+  std::vector<uint32_t> d(static_cast<size_t>(kRows) * form.n);
+  for_accumulators(warps, form, d, [mask](uint32_t& x, uint32_t word, int shift) { x = word >> shift & mask; });
+  multiply(form.format, kRows, form.n, kOperandRowBytes, a.data(), b.data(), issue.accumulate, d.data());
+  for_accumulators(warps, form, d,
+                   [mask](uint32_t x, uint32_t& word, int shift) { word = (word & ~(mask << shift)) | x << shift; });
+  cta.grid->counters.wgmma_flops += 2ull * kRows * form.n * kOperandRowBytes / size_of(form.format.b);
+}
+
+}  // namespace
+
+std::string WgmmaState::holder(const Code& code, int index) const {
+  const auto uses = [index](const WgmmaIssue& issue) {
+    const auto contains = [index](const std::vector<int>& all) {
+      return std::find(all.begin(), all.end(), index) != all.end();
+    };
+    return contains(issue.form->accumulators) || contains(issue.form->fragments);
+  };
+  const auto found = std::find_if(issues.begin(), issues.end(), uses);
+  const std::string line = found == issues.end() ? "" : " of line " + std::to_string(found->form->instruction->line);
+  return "register " + code.register_name(index) + " is in use by the wgmma" + line + ", not waited for";
+}
+
+bool wgmma_advance(Machine& machine, Cta& cta, int first_warp) {
+  Warp* warps = cta.warps.data() + first_warp;
+  const auto behind = [&](int w) { return warps[w].wgmma.issued <= warps[w].wgmma.done; };
+  const auto issue_of = [&](int w) -> const WgmmaIssue& {
+    const WgmmaState& state = warps[w].wgmma;
+    return state.issues[state.done - state.retired];
+  };
+  int ahead = 0;
+  while (ahead < kWarps && behind(ahead)) ++ahead;
+  if (ahead == kWarps) return false;
+  const WgmmaIssue& issue = issue_of(ahead);
+  const auto reject = [&](int w, const std::string& what) {
+    throw Error(describe(*issue.form->instruction) + ": warp " + std::to_string(first_warp + w) + what + " warp " +
+                std::to_string(first_warp + ahead) + " of its warpgroup");
+  };
+  for (int w = 0; w < kWarps; ++w) {
+    if (behind(w)) {
+      if (warps[w].live) return false;
+      reject(w, " has exited without this wgmma, which was executed by");
+    }
+    const WgmmaIssue& other = issue_of(w);
+    if (other.form == issue.form && other.a == issue.a && other.b == issue.b && other.accumulate == issue.accumulate)
+      continue;
+    reject(w, " executes " + describe(*other.form->instruction) + ", or with other descriptors or scale-d, than");
+  }
+  run(cta, warps, issue);
+  for (int w = 0; w < kWarps; ++w) warps[w].wgmma.done++;
   machine.events++;
   return true;
 }
 
 Handler decode_wgmma(const Decoder& d) {
   if (d.instruction.opcode != "wgmma") return {};
-  if (d.take("mma_async")) return mma(d);
-  if (d.take("wait_group")) return wait_group(d);
-  const bool commit = d.take("commit_group");
-  if (!commit && !d.take("fence")) d.unknown("wgmma");
+  const std::string what = d.next();
   if (!(d.take("sync") && d.take("aligned"))) d.unknown("wgmma");
-  d.expect_done();
-  return [commit](Context& c) {
-    if (c.mask != c.warp.live) fail(c, "wgmma is executed by whole warps");
-    if (commit)
-      c.warp.wgmma_commits.push_back(c.warp.wgmma_issued);
-    else
-      c.warp.wgmma_fenced = true;
-    return Outcome::kNext;
-  };
+  if (what == "mma_async") return mma(d);
+  if (what == "wait_group") return wait_group(d);
+  if (what == "commit_group") return commit_group(d);
+  if (what == "fence") return fence(d);
+  d.unknown("wgmma");
 }
 
 }  // namespace emulator
