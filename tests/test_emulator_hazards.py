@@ -26,7 +26,7 @@ SEEDS = range(4)
 # What is broken: (pattern, replacement, words of the report). None for words: any report will do, or wrong bits.
 BROKEN = {
     "no proxy fence before the TMA store": (r"fence\.proxy\.async\.shared::cta;", "", "without a fence.proxy.async"),
-    "no barrier between writers and the TMA store": (r"bar\.sync %r\d+, %r\d+;", "", "without a fence.proxy.async"),
+    "no barrier between writers and the TMA store": (r"bar\.sync %r\d+, %r\d+;", "", "race"),
     "exit before the store has read its staging": (r"cp\.async\.bulk\.wait_group\.read 0;", "", "the thread exits"),
     "results read before the wgmma is done": (r"(wgmma\.wait_group\.sync\.aligned) 0;", r"\1 1;", None),
     "no wait for the wgmma": (r"wgmma\.wait_group\.sync\.aligned 0;", "", None),

@@ -31,6 +31,7 @@ Handler barrier(const Decoder& d) {
     NamedBarrier& b = c.cta.barriers[index];
     if (c.warp.waiting) {
       if (b.generation == c.warp.wait_token) return wait_for(c, index);
+      race_leave(c, c.mask, c.cta.races.barriers[index]);
       c.warp.waiting = false;
       return Outcome::kNext;
     }
@@ -41,12 +42,18 @@ Handler barrier(const Decoder& d) {
     const uint64_t generation = b.generation;
     if ((b.arrived += kLanes) > expected) fail(c, "more threads than the barrier counts");
     b.warps |= 1u << c.warp.index;
+    race_arrive(c, c.mask, c.cta.races.barriers[index]);
     if (b.arrived == expected) {
       barrier_tells(c.cta, b.warps);
+      race_complete(c.cta.races.barriers[index]);
       b.arrived = 0, b.warps = 0, b.generation++;
     }
     c.machine.events++;
-    if (arrive || b.generation != generation) return Outcome::kNext;
+    if (arrive) return Outcome::kNext;
+    if (b.generation != generation) {
+      race_leave(c, c.mask, c.cta.races.barriers[index]);
+      return Outcome::kNext;
+    }
     c.warp.waiting = true, c.warp.wait_token = generation;
     return wait_for(c, index);
   };

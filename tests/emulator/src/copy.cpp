@@ -66,6 +66,23 @@ void load_piece(Machine& machine, const Copy& copy, uint32_t row, uint32_t x) {
   mbarrier_complete_tx(machine, *copy.cta, copy.barrier, kPiece, copy.who);
 }
 
+constexpr uint32_t kPatience = 16;
+
+// Most often it puts the write off, so that what was read long ago has not arrived yet.
+void write_piece(Machine& machine, const std::shared_ptr<Copy>& copy, const std::array<uint8_t, kPiece>& bytes,
+                 uint64_t address, uint32_t first, uint32_t last) {
+  if (machine.below(kPatience) != 0) {
+    machine.pieces.push_back(
+        [&machine, copy, bytes, address, first, last] { write_piece(machine, copy, bytes, address, first, last); });
+    return;
+  }
+  if (address) {
+    async_write_global(machine, *copy->cta, address + first, bytes.data() + first, last - first, copy->who);
+    copy->counters->tma_bytes += last - first;
+  }
+  copy->group->unwritten--;
+}
+
 // A store reads its source now and writes some time later.
 void store_piece(Machine& machine, const std::shared_ptr<Copy>& copy, uint32_t row, uint32_t x) {
   const uint32_t offset = copy->shared_at(row, x);
@@ -75,13 +92,8 @@ void store_piece(Machine& machine, const std::shared_ptr<Copy>& copy, uint32_t r
   if (address) async_read_shared(*copy->cta, offset, bytes.data(), kPiece, copy->who);
   hold_reads(*copy->cta, offset, kPiece, -1, nullptr, copy->who);
   copy->group->unread--;
-  machine.pieces.push_back([&machine, copy, bytes, address, first, last] {
-    if (address) {
-      async_write_global(machine, *copy->cta, address + first, bytes.data() + first, last - first, copy->who);
-      copy->counters->tma_bytes += last - first;
-    }
-    copy->group->unwritten--;
-  });
+  machine.pieces.push_back(
+      [&machine, copy, bytes, address, first, last] { write_piece(machine, copy, bytes, address, first, last); });
 }
 
 TensorMapBits read_map(Context& c, uint64_t address) {
@@ -152,9 +164,11 @@ Handler tensor_load(const Decoder& d) {
     for_lanes(c.mask, [&](int lane) {
       auto copy = begin_copy(c, lane, map.get(c, lane), coordinates, shared.get(c, lane) & 0xffffffff);
       copy->barrier = shared_offset(c.cta, static_cast<uint32_t>(barrier.get(c, lane)), 8, copy->who);
+      race_use_mbarrier(c, lane, c.cta, copy->barrier);
       for (uint32_t row = 0; row < copy->rows(); ++row) {
         for (uint32_t x = 0; x < copy->row_bytes(); x += kPiece) {
           hold_writes(c.cta, copy->shared_at(row, x), kPiece, 1, &c.instruction, copy->who);
+          race_copy_in(c, lane, c.cta, copy->shared_at(row, x), kPiece);
           c.machine.pieces.push_back([&machine = c.machine, copy, row, x] { load_piece(machine, *copy, row, x); });
         }
       }
@@ -183,6 +197,7 @@ Handler tensor_store(const Decoder& d) {
         for (uint32_t x = 0; x < copy->row_bytes(); x += kPiece) {
           copy->group->unread++, copy->group->unwritten++;
           hold_reads(c.cta, copy->shared_at(row, x), kPiece, 1, &c.instruction, copy->who);
+          race_copy_out(c, lane, c.cta, copy->shared_at(row, x), kPiece);
           c.machine.pieces.push_back([&machine = c.machine, copy, row, x] { store_piece(machine, copy, row, x); });
         }
       }

@@ -41,6 +41,8 @@ Handler fence(const Decoder& d) {
   d.expect_done();
   return [=](Context& c) {
     global_fence(c, order);
+    if (order.release) race_release(c, c.mask);
+    if (order.acquire) race_acquire(c, c.mask);
     return Outcome::kNext;
   };
 }
@@ -53,6 +55,8 @@ Handler membar(const Decoder& d) {
   d.expect_done();
   return [=](Context& c) {
     global_fence(c, order);
+    if (order.release) race_release(c, c.mask);
+    if (order.acquire) race_acquire(c, c.mask);
     return Outcome::kNext;
   };
 }

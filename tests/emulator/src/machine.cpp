@@ -153,7 +153,8 @@ void step(Machine& machine, Grid& grid, Cta& cta, Warp& warp) {
     if (!touched.defines)
       for (int index : touched.writes) warp.defined[index] = (warp.defined[index] | mask) & ~undefined;
   }
-  warp.wait.what = Wait::For::kNothing;
+  // A loop around a poll waits for what the poll has asked for.
+  if (warp.wait.what != Wait::For::kMbarrier) warp.wait.what = Wait::For::kNothing;
   machine.ticks++;
   grid.executed[pc]++;
   grid.counters.instructions++;

@@ -12,6 +12,7 @@
 #include "decoder.h"
 #include "global_memory.h"
 #include "ptx.h"
+#include "race.h"
 #include "shared_memory.h"
 #include "tensor_map.h"
 #include "wgmma.h"
@@ -119,6 +120,7 @@ struct Cta {
   SharedMemory shared;
   PendingStores stores;
   Observed observed;
+  Races races;
   std::vector<Warp> warps;
   std::array<NamedBarrier, 16> barriers;
   std::vector<Cta*> cluster;  // by rank, itself included

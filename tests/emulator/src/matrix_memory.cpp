@@ -96,7 +96,7 @@ Handler decode_ldmatrix(const Decoder& d) {
       for (int row = 0; row < 8; ++row) {
         rows[row] = row_of(c, m, matrix, row, false);
         uint16_t halves[8];
-        const bool known = shared_read(c, *rows[row].cta, rows[row].offset, halves, 16);
+        const bool known = shared_read(c, matrix * 8 + row, *rows[row].cta, rows[row].offset, halves, 16);
         for (int column = 0; column < 8; ++column) {
           const auto [lane, half] = element(m.transposed, row, column);
           values[matrix][lane] |= static_cast<uint64_t>(halves[column]) << 16 * half;

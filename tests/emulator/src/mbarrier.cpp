@@ -22,13 +22,16 @@ struct Barrier {
             static_cast<int64_t>(word >> 21 & 0xfffff), bytes};
   }
 
-  void store(Machine& machine, uint8_t* host, const std::string& who) {
+  void store(Machine& machine, Cta& cta, uint32_t offset, const std::string& who) {
     if (pending < 0) throw Error(who + ": more arrivals than the mbarrier expects in this phase");
     if (bytes > kMostBytes || bytes < -kMostBytes) throw Error(who + ": the transaction count leaves its range");
-    if (pending == 0 && bytes == 0) phase = !phase, pending = expected;
+    if (pending == 0 && bytes == 0) {
+      phase = !phase, pending = expected;
+      race_complete_mbarrier(machine, cta, offset);
+    }
     const uint64_t word = 1ull << 62 | static_cast<uint64_t>(phase) << 61 | static_cast<uint64_t>(expected) << 41 |
                           static_cast<uint64_t>(pending) << 21 | (static_cast<uint64_t>(bytes) & 0x1fffff);
-    std::memcpy(host, &word, 8);
+    std::memcpy(cta.shared.bytes.data() + offset, &word, 8);
     machine.events++;
   }
 };
@@ -45,11 +48,6 @@ Place place_of(Context& c, int lane, const Address& address) {
   return locate(c, lane, Space::kShared, address.get(c, lane) & 0xffffffff, 8, true);
 }
 
-uint8_t* at(Context& c, int lane, const Address& address) {
-  const Place place = place_of(c, lane, address);
-  return place.cta->shared.bytes.data() + place.offset;
-}
-
 Handler init(const Decoder& d) {
   take_qualifiers(d);
   if (!d.take("b64")) d.unknown("mbarrier");
@@ -59,7 +57,9 @@ Handler init(const Decoder& d) {
     for_lanes(c.mask, [&](int lane) {
       const auto arrivals = static_cast<int64_t>(count.get(c, lane) & 0xffffffff);
       if (arrivals < 1 || arrivals > kMostArrivals) fail(c, "an mbarrier expects 1 to 2^20 - 1 arrivals");
-      Barrier{false, arrivals, arrivals, 0}.store(c.machine, at(c, lane, address), where(c));
+      const Place place = place_of(c, lane, address);
+      race_init_mbarrier(c, lane, *place.cta, place.offset);
+      Barrier{false, arrivals, arrivals, 0}.store(c.machine, *place.cta, place.offset, where(c));
     });
     return Outcome::kNext;
   };
@@ -74,12 +74,14 @@ Handler arrive(const Decoder& d) {
   const bool counted = d.instruction.operands.size() > 2;
   return [=, address = address_of(d, d.operand(1)), amount = counted ? d.source(2) : Source{}](Context& c) {
     for_lanes(c.mask, [&](int lane) {
-      uint8_t* host = at(c, lane, address);
-      Barrier barrier = Barrier::load(host, where(c));
+      const Place place = place_of(c, lane, address);
+      race_use_mbarrier(c, lane, *place.cta, place.offset);
+      race_arrive(c, 1u << lane, place.cta->races.mbarriers[place.offset]);
+      Barrier barrier = Barrier::load(place.cta->shared.bytes.data() + place.offset, where(c));
       const auto value = static_cast<int64_t>(amount.get(c, lane) & 0xffffffff);
       if (expect) barrier.bytes += value;
       barrier.pending -= expect || !counted ? 1 : value;
-      barrier.store(c.machine, host, where(c));
+      barrier.store(c.machine, *place.cta, place.offset, where(c));
     });
     return Outcome::kNext;
   };
@@ -97,12 +99,15 @@ Handler try_wait(const Decoder& d) {
     bool any = false;
     for_lanes(c.mask, [&](int lane) {
       const Place place = place_of(c, lane, address);
+      race_use_mbarrier(c, lane, *place.cta, place.offset);
       const Barrier barrier = Barrier::load(place.cta->shared.bytes.data() + place.offset, where(c));
       const bool done = barrier.phase != ((parity.get(c, lane) & 1) != 0);
       c.warp.reg(p)[lane] = done && !spurious;
+      if (done && !spurious) race_leave(c, 1u << lane, place.cta->races.mbarriers[place.offset]);
       any |= done;
       if (!done) c.warp.wait = {Wait::For::kMbarrier, place.cta, place.offset, parity.get(c, lane) & 1};
     });
+    if (any) c.warp.wait.what = Wait::For::kNothing;
     if (!any) c.warp.sleep = c.machine.below(16), c.machine.note_poll(c.warp);
     return Outcome::kNext;
   };
@@ -111,10 +116,9 @@ Handler try_wait(const Decoder& d) {
 }  // namespace
 
 void mbarrier_complete_tx(Machine& machine, Cta& cta, uint32_t offset, int64_t bytes, const std::string& who) {
-  uint8_t* host = cta.shared.bytes.data() + offset;
-  Barrier barrier = Barrier::load(host, who);
+  Barrier barrier = Barrier::load(cta.shared.bytes.data() + offset, who);
   barrier.bytes -= bytes;
-  barrier.store(machine, host, who);
+  barrier.store(machine, cta, offset, who);
 }
 
 std::string describe_mbarrier(const Cta& cta, uint32_t offset) {

@@ -53,22 +53,26 @@ Place locate(Context& c, int lane, std::optional<Space> space, uint64_t address,
 }
 
 bool load(Context& c, int lane, const Place& place, void* out, uint32_t bytes, Order order) {
+  bool defined = true;
   switch (place.space) {
     case Space::kShared:
-      return shared_read(c, *place.cta, place.offset, out, bytes);
+      defined = shared_read(c, lane, *place.cta, place.offset, out, bytes, order.strong);
+      break;
     case Space::kGlobal:
       global_load(c, lane, place.address, out, bytes, order);
-      return true;
+      break;
     default:
       std::memcpy(out, place.host, bytes);
-      return true;
   }
+  if (order.strong) race_acquire(c, 1u << lane);
+  return defined;
 }
 
 void store(Context& c, int lane, const Place& place, const void* in, uint32_t bytes, Order order) {
+  if (order.strong) race_release(c, 1u << lane);
   switch (place.space) {
     case Space::kShared:
-      return shared_write(c, lane, *place.cta, place.offset, in, bytes);
+      return shared_write(c, lane, *place.cta, place.offset, in, bytes, order.strong);
     case Space::kGlobal:
       return global_store(c, lane, place.address, in, bytes, order);
     default:

@@ -59,16 +59,18 @@ uint32_t shared_offset(const Cta& cta, uint32_t address, uint64_t bytes, const s
   return resolve_shared(cta, (address & kOffsetMask) | cta.cluster_rank << kRankShift, bytes, who).offset;
 }
 
-bool shared_read(Context& c, Cta& cta, uint32_t offset, void* out, uint32_t bytes) {
+bool shared_read(Context& c, int lane, Cta& cta, uint32_t offset, void* out, uint32_t bytes, bool strong) {
   check_generic(c, cta, offset, bytes, false);
+  race_read(c, lane, cta, offset, bytes, strong);
   std::memcpy(out, cta.shared.bytes.data() + offset, bytes);
   const auto* defined = cta.shared.defined.data() + offset;
   return std::find(defined, defined + bytes, 0) == defined + bytes;
 }
 
-void shared_write(Context& c, int lane, Cta& cta, uint32_t offset, const void* in, uint32_t bytes) {
+void shared_write(Context& c, int lane, Cta& cta, uint32_t offset, const void* in, uint32_t bytes, bool strong) {
   SharedMemory& shared = cta.shared;
   check_generic(c, cta, offset, bytes, true);
+  race_write(c, lane, cta, offset, in, bytes, strong);
   if (std::memcmp(shared.bytes.data() + offset, in, bytes) != 0) c.machine.events++;
   std::memcpy(shared.bytes.data() + offset, in, bytes);
   std::fill_n(shared.defined.begin() + offset, bytes, static_cast<uint8_t>(1));

@@ -45,9 +45,11 @@ SharedPlace resolve_shared(const Cta& from, uint32_t address, uint64_t bytes, co
 // As above, where only the own CTA is legal.
 uint32_t shared_offset(const Cta& cta, uint32_t address, uint64_t bytes, const std::string& who);
 
-// The generic proxy: hazards with asynchronous work in flight raise. A read says whether all bytes are defined.
-bool shared_read(Context& context, Cta& cta, uint32_t offset, void* out, uint32_t bytes);
-void shared_write(Context& context, int lane, Cta& cta, uint32_t offset, const void* in, uint32_t bytes);
+// The generic proxy: hazards with asynchronous work in flight raise, and races. A read says whether all bytes are
+// defined.
+bool shared_read(Context& context, int lane, Cta& cta, uint32_t offset, void* out, uint32_t bytes, bool strong = false);
+void shared_write(Context& context, int lane, Cta& cta, uint32_t offset, const void* in, uint32_t bytes,
+                  bool strong = false);
 // fence.proxy.async by `lanes` of the warp.
 void shared_fence(Cta& cta, int warp, uint32_t lanes);
 

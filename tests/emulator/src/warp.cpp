@@ -16,6 +16,7 @@ Handler warp_sync(const Decoder& d) {
     const auto mask = static_cast<uint32_t>(members.get(c, __builtin_ctz(c.mask)));
     if (!gathered(c, mask)) return wait_for(c, mask);
     warp_tells(c.cta, c.warp.index, c.mask & mask);
+    race_warp_sync(c, c.mask & mask);
     return Outcome::kNext;
   };
 }
