@@ -27,7 +27,7 @@ SEEDS = range(4)
 BROKEN = {
     "no proxy fence before the TMA store": (r"fence\.proxy\.async\.shared::cta;", "", "without a fence.proxy.async"),
     "no barrier between writers and the TMA store": (r"bar\.sync %r\d+, %r\d+;", "", "race"),
-    "exit before the store has read its staging": (r"cp\.async\.bulk\.wait_group\.read 0;", "", "the thread exits"),
+    "no wait before the staging is written again": (r"cp\.async\.bulk\.wait_group\.read 0;", "", "still being read"),
     "results read before the wgmma is done": (r"(wgmma\.wait_group\.sync\.aligned) 0;", r"\1 1;", None),
     "no wait for the wgmma": (r"wgmma\.wait_group\.sync\.aligned 0;", "", None),
     "a stage is never freed": (r"mbarrier\.arrive\.release\.cta\.shared::cta\.b64 _, \[%r\d+\];", "", "hangs"),
@@ -45,7 +45,7 @@ BROKEN = {
     ),
     "use before the mbarriers are initialised": (r"bar\.sync\s+0;", "", "no initialised mbarrier"),
     "swizzle of the staging forgotten": (r"xor\.b32 (\s*%r\d+, %r\d+), %r\d+;", r"or.b32 \1, 0;", None),
-    "store without a committed group": (r"cp\.async\.bulk\.commit_group;", "", "never committed"),
+    "store without a committed group": (r"cp\.async\.bulk\.commit_group;", "", "still being read"),
     "no wgmma.fence": (r"wgmma\.fence\.sync\.aligned;", "", "no wgmma.fence"),
 }
 

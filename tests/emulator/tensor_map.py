@@ -22,22 +22,23 @@ MAX_RANK = 5
 MAX_BOX = 256
 MAX_ELEMENT_STRIDE = 8
 MAP_BYTES = 128
-# Bytes of an element, and whether it may be filled with NaN. FP8 travels as UINT8: the driver has no FP8 type.
+# Bytes of an element, whether it may be filled with NaN, and its number in src/tensor_map.h. FP8 travels as UINT8: the
+# driver has no FP8 type.
 ELEMENTS = {
-    "uint8": (1, False),
-    "int8": (1, False),
-    "float8_e4m3fn": (1, False),
-    "float8_e5m2": (1, False),
-    "uint16": (2, False),
-    "int16": (2, False),
-    "float16": (2, True),
-    "bfloat16": (2, True),
-    "uint32": (4, False),
-    "int32": (4, False),
-    "float32": (4, True),
-    "uint64": (8, False),
-    "int64": (8, False),
-    "float64": (8, True),
+    "uint8": (1, False, 0),
+    "int8": (1, False, 0),
+    "float8_e4m3fn": (1, False, 0),
+    "float8_e5m2": (1, False, 0),
+    "uint16": (2, False, 1),
+    "int16": (2, False, 1),
+    "float16": (2, True, 6),
+    "bfloat16": (2, True, 10),
+    "uint32": (4, False, 2),
+    "int32": (4, False, 3),
+    "float32": (4, True, 7),
+    "uint64": (8, False, 4),
+    "int64": (8, False, 5),
+    "float64": (8, True, 9),
 }
 SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 
@@ -138,7 +139,7 @@ def encode(
     steps = [1] * rank if element_strides is None else _integers(element_strides, "elementStrides")
     box = _integers(box, "boxDim")
     _check(dtype in ELEMENTS, "tensorDataType", " or ".join(ELEMENTS), dtype)
-    size, is_float = ELEMENTS[dtype]
+    size, is_float, number = ELEMENTS[dtype]
     _check(1 <= rank <= MAX_RANK, "tensorRank", f"1 to {MAX_RANK}", rank)
     _check(address % 16 == 0, "globalAddress", "a multiple of 16", f"{address:#x}, {address % 16} bytes past one")
     for i, dim in enumerate(dims):
@@ -168,7 +169,7 @@ def encode(
 
     steps[0] = 1  # what the driver ignores without interleave
     parts = [address, *padded(strides, MAX_RANK - 1, 0), *padded(dims, MAX_RANK, 1), *padded(box, MAX_RANK, 1)]
-    parts += [*padded(steps, MAX_RANK, 1), rank - 1, size, is_float, SWIZZLES[swizzle], fill_nan]
+    parts += [*padded(steps, MAX_RANK, 1), rank - 1, number, 0, SWIZZLES[swizzle], fill_nan]
     return struct.pack("<Q4Q5I5H5B5B", *parts).ljust(MAP_BYTES, b"\0")
 
 

@@ -191,7 +191,7 @@ void exit_lanes(Context& c, uint32_t lanes) {
   for_lanes(lanes, [&](int lane) {
     if (c.warp.open_group[lane]) fail(c, "the thread exits with bulk copies that it never committed to a group");
     for (const auto& group : c.warp.bulk_groups[lane])
-      if (group->unread > 0) fail(c, "the thread exits while a bulk copy still reads its shared memory");
+      if (!group->flights.empty()) fail(c, "the thread exits without a wait for a bulk copy to read shared memory");
   });
   if (!c.warp.wgmma.empty()) fail(c, "the warp exits with wgmma in flight");
   c.warp.live &= ~lanes;

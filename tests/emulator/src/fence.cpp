@@ -1,5 +1,5 @@
 // Fences: of the memory model, and between proxies.
-#include "memory.h"
+#include "copies.h"
 
 namespace emulator {
 namespace {
@@ -8,6 +8,7 @@ Outcome next(Context&) { return Outcome::kNext; }
 
 // fence.proxy.async orders all state spaces; .shared::cta and .global one of them.
 Handler proxy_fence(const Decoder& d) {
+  if (d.take("tensormap::generic")) return decode_tensor_map_fence(d);
   if (!d.take("async")) d.unknown("proxy");
   const bool only_shared = d.take("shared::cta") || d.take("shared::cluster"), only_global = d.take("global");
   d.expect_done();

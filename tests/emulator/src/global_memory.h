@@ -63,6 +63,7 @@ struct GlobalMemory {
   };
   std::vector<MemoryRange> ranges;  // sorted by address
   std::unordered_map<uint64_t, Version> versions;
+  std::unordered_map<uint32_t, uint64_t> map_releases;  // time of each CTA's last release to the tensormap proxy
   std::unordered_map<uint64_t, uint64_t> proxy_fences;  // time of each thread's last; the key is CTA and thread
   std::vector<std::vector<uint64_t>> local_to_device;   // granules not visible everywhere, by device
   uint64_t now = 0;

@@ -117,6 +117,8 @@ void exit_warp(Machine& machine, Context& c) {
   machine.events++;
   if (cta.live_warps == 0 && cta.shared.writes_in_flight > 0)
     fail(c, "the CTA exits while copies into its shared memory are in flight");
+  if (cta.live_warps == 0 && cta.sends > 0)
+    fail(c, "the CTA exits while copies from its shared memory into the cluster's are in flight");
 }
 
 void step(Machine& machine, Grid& grid, Cta& cta, Warp& warp) {

@@ -29,6 +29,7 @@ constexpr uint64_t kWindowMask = 0xff00000000000000;
 constexpr uint64_t kFrameParam = 1ull << 40;
 
 struct Cta;
+struct Flight;
 struct Warp;
 struct Grid;
 struct Machine;
@@ -52,6 +53,13 @@ struct Context {
 // A bulk-async group of one thread: what wait_group and wait_group.read wait for.
 struct BulkGroup {
   int unread = 0, unwritten = 0;
+  std::vector<std::shared_ptr<Flight>> flights;  // whose sources are held until a wait
+};
+
+// cp.async of one thread: since its last commit, and in groups, oldest first.
+struct CopyGroups {
+  std::vector<std::shared_ptr<Flight>> open;
+  std::deque<std::vector<std::shared_ptr<Flight>>> committed;
 };
 
 // What a warp waits for, for the report of a deadlock.
@@ -101,6 +109,7 @@ struct Warp {
   uint64_t wait_token = 0;
   std::array<std::deque<std::shared_ptr<BulkGroup>>, kLanes> bulk_groups;
   std::array<std::shared_ptr<BulkGroup>, kLanes> open_group;
+  std::array<CopyGroups, kLanes> async_copies;
   WgmmaState wgmma;
 
   uint64_t* reg(int index) { return registers.data() + static_cast<size_t>(index) * kLanes; }
@@ -125,6 +134,9 @@ struct Cta {
   std::array<NamedBarrier, 16> barriers;
   std::vector<Cta*> cluster;  // by rank, itself included
   int live_warps = 0;
+  uint32_t sends = 0;  // copies in flight from its shared memory into that of the cluster
+  // Copies that have arrived, by the mbarrier of which a phase tells of them.
+  std::unordered_map<uint32_t, std::vector<std::shared_ptr<Flight>>> landed;
   bool releases_dependents = false;  // griddepcontrol.launch_dependents
 };
 
@@ -155,6 +167,7 @@ struct Machine {
   bool highest_lane_elected;
   GlobalMemory memory;
   std::vector<Piece> pieces;
+  std::unordered_map<uint64_t, std::weak_ptr<void>> maps_in_use;  // tensor maps in global memory, by address
   std::list<Grid> grids;
   uint64_t events = 0;  // rises with everything that can let a waiter go on
   uint64_t ticks = 0;   // instructions executed: the clock
@@ -178,6 +191,10 @@ std::string describe_mbarrier(const Cta& cta, uint32_t offset);
 
 // mbarrier: complete_tx by a copy that has written `bytes`.
 void mbarrier_complete_tx(Machine& machine, Cta& cta, uint32_t offset, int64_t bytes, const std::string& who);
+// mbarrier: `arrivals` more to come, or, negative, that have come.
+void mbarrier_add_pending(Machine& machine, Cta& cta, uint32_t offset, int64_t arrivals, const std::string& who);
+// A phase of the mbarrier is complete: the copies that it tells of no longer hold their shared memory.
+void release_holds(Cta& cta, uint32_t barrier);
 
 // Runs the oldest wgmma that all four warps of a warpgroup have issued; false if there is none.
 bool wgmma_advance(Machine& machine, Cta& cta, int first_warp);

@@ -28,6 +28,7 @@ struct Barrier {
     if (pending == 0 && bytes == 0) {
       phase = !phase, pending = expected;
       race_complete_mbarrier(machine, cta, offset);
+      release_holds(cta, offset);
     }
     const uint64_t word = 1ull << 62 | static_cast<uint64_t>(phase) << 61 | static_cast<uint64_t>(expected) << 41 |
                           static_cast<uint64_t>(pending) << 21 | (static_cast<uint64_t>(bytes) & 0x1fffff);
@@ -118,6 +119,13 @@ Handler try_wait(const Decoder& d) {
 void mbarrier_complete_tx(Machine& machine, Cta& cta, uint32_t offset, int64_t bytes, const std::string& who) {
   Barrier barrier = Barrier::load(cta.shared.bytes.data() + offset, who);
   barrier.bytes -= bytes;
+  barrier.store(machine, cta, offset, who);
+}
+
+void mbarrier_add_pending(Machine& machine, Cta& cta, uint32_t offset, int64_t arrivals, const std::string& who) {
+  Barrier barrier = Barrier::load(cta.shared.bytes.data() + offset, who);
+  barrier.pending += arrivals;
+  if (barrier.pending > kMostArrivals) throw Error(who + ": more arrivals than an mbarrier can count");
   barrier.store(machine, cta, offset, who);
 }
 

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <sstream>
 
+#include "copies.h"
+
 namespace emulator {
 namespace {
 
@@ -276,6 +278,7 @@ Handler decode_store(const Decoder& d) {
 Handler decode_memory(const Decoder& d) {
   if (d.instruction.opcode == "ld" || d.instruction.opcode == "ldu") return decode_load(d);
   if (d.instruction.opcode == "st") return decode_store(d);
+  if (is_tensor_map_prefetch(d.instruction)) return {};
   if (d.instruction.opcode == "prefetch" || d.instruction.opcode == "prefetchu" || d.instruction.opcode == "discard" ||
       d.instruction.opcode == "applypriority") {
     d.used = d.instruction.modifiers.size();

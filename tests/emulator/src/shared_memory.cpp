@@ -16,14 +16,38 @@ std::string in_flight(const SharedMemory::Hold& hold) {
   return hold.by == nullptr ? "" : " (line " + std::to_string(hold.by->line) + ": " + hold.by->text.substr(0, 70) + ")";
 }
 
+// f(hold, mask): each Hold of the range, with the bytes of it that are in the range.
+template <class F>
+void for_holds(SharedMemory& shared, uint32_t offset, uint32_t bytes, F f) {
+  const uint32_t end = offset + bytes;
+  for (uint32_t i = offset / kHold; i * kHold < end; ++i) {
+    const uint32_t first = std::max(offset, i * kHold) % kHold, last = std::min(end - i * kHold, kHold);
+    f(shared.holds[i], static_cast<uint16_t>((1u << last) - (1u << first)));
+  }
+}
+
 // Generic accesses to what asynchronous work of any thread still writes, or reads.
-void check_generic(const Context& c, const Cta& cta, uint32_t offset, uint32_t bytes, bool write) {
-  for (uint32_t i = offset / kHold; i <= (offset + bytes - 1) / kHold; ++i) {
-    const auto& hold = cta.shared.holds[i];
-    if (hold.writes) fail(c, "shared memory in which a copy in flight still writes" + in_flight(hold));
+void check_generic(const Context& c, Cta& cta, uint32_t offset, uint32_t bytes, bool write) {
+  for_holds(cta.shared, offset, bytes, [&](const SharedMemory::Hold& hold, uint16_t mask) {
+    if ((hold.writes & mask) || hold.reductions)
+      fail(c, "shared memory in which a copy in flight still writes" + in_flight(hold));
     if (write && hold.reads)
       fail(c, "store to shared memory that is still being read asynchronously" + in_flight(hold));
-  }
+  });
+}
+
+void check_not_written(const SharedMemory::Hold& hold, uint16_t mask, const std::string& who) {
+  if ((hold.writes & mask) || hold.reductions)
+    throw Error(who + ": it reads shared memory in which a copy in flight still writes" + in_flight(hold));
+}
+
+void check_not_read(const SharedMemory::Hold& hold, const std::string& who) {
+  if (hold.reads)
+    throw Error(who + ": it overwrites shared memory that is still being read asynchronously" + in_flight(hold));
+}
+
+void count_writes(SharedMemory& shared, int delta) {
+  shared.writes_in_flight += static_cast<uint64_t>(static_cast<int64_t>(delta));
 }
 
 }  // namespace
@@ -124,29 +148,38 @@ void async_write_shared(Cta& cta, uint32_t offset, const void* in, uint32_t byte
 }
 
 void hold_reads(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const std::string& who) {
-  for (uint32_t i = offset / kHold; i <= (offset + bytes - 1) / kHold; ++i) {
-    auto& hold = cta.shared.holds[i];
-    if (delta > 0) {
-      if (hold.writes)
-        throw Error(who + ": it reads shared memory in which a copy in flight still writes" + in_flight(hold));
-      hold.by = by;
-    }
+  for_holds(cta.shared, offset, bytes, [&](SharedMemory::Hold& hold, uint16_t mask) {
+    if (delta > 0) check_not_written(hold, mask, who), hold.by = by;
     hold.reads = static_cast<uint16_t>(hold.reads + delta);
-  }
+  });
 }
 
 void hold_writes(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const std::string& who) {
-  for (uint32_t i = offset / kHold; i <= (offset + bytes - 1) / kHold; ++i) {
-    auto& hold = cta.shared.holds[i];
+  for_holds(cta.shared, offset, bytes, [&](SharedMemory::Hold& hold, uint16_t mask) {
+    if (delta < 0) {
+      hold.writes &= static_cast<uint16_t>(~mask);
+      return;
+    }
+    check_not_read(hold, who);
+    if ((hold.writes & mask) || hold.reductions)
+      throw Error(who + ": two copies in flight write the same shared memory" + in_flight(hold));
+    hold.writes |= mask, hold.by = by;
+  });
+  count_writes(cta.shared, delta);
+}
+
+void hold_reductions(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by,
+                     const std::string& who) {
+  for_holds(cta.shared, offset, bytes, [&](SharedMemory::Hold& hold, uint16_t mask) {
     if (delta > 0) {
-      if (hold.reads)
-        throw Error(who + ": it overwrites shared memory that is still being read asynchronously" + in_flight(hold));
-      if (hold.writes) throw Error(who + ": two copies in flight write the same shared memory" + in_flight(hold));
+      check_not_read(hold, who);
+      if (hold.writes & mask)
+        throw Error(who + ": two copies in flight write the same shared memory" + in_flight(hold));
       hold.by = by;
     }
-    hold.writes = static_cast<uint16_t>(hold.writes + delta);
-  }
-  cta.shared.writes_in_flight += static_cast<uint64_t>(static_cast<int64_t>(delta));
+    hold.reductions = static_cast<uint16_t>(hold.reductions + delta);
+  });
+  count_writes(cta.shared, delta);
 }
 
 }  // namespace emulator

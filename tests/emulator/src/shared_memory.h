@@ -18,7 +18,9 @@ constexpr uint32_t kRankShift = 24, kOffsetMask = (1u << kRankShift) - 1;
 
 struct SharedMemory {
   struct Hold {
-    uint16_t reads = 0, writes = 0;   // asynchronous ones in flight
+    uint16_t reads = 0;               // asynchronous ones in flight
+    uint16_t writes = 0;              // mask of bytes
+    uint16_t reductions = 0;          // which do not exclude each other
     const Instruction* by = nullptr;  // the last that came
   };
   struct Range {
@@ -60,5 +62,7 @@ void async_write_shared(Cta& cta, uint32_t offset, const void* in, uint32_t byte
 // Work in flight: +1 at issue, -1 once it is known to be over. What it collides with raises at issue.
 void hold_reads(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const std::string& who);
 void hold_writes(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const std::string& who);
+void hold_reductions(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by,
+                     const std::string& who);
 
 }  // namespace emulator
