@@ -106,11 +106,24 @@ uint64_t fail_assertion(Context& c, int lane, const std::vector<uint64_t>& argum
               condition + "` failed in thread " + std::to_string(c.warp.index * kLanes + lane));
 }
 
+uint64_t allocate(Context& c, int, const std::vector<uint64_t>& arguments) {
+  if (arguments.size() != 1) fail(c, "malloc takes one argument");
+  return c.machine.memory.allocate(arguments[0]);
+}
+
+uint64_t release(Context& c, int, const std::vector<uint64_t>& arguments) {
+  if (arguments.size() != 1) fail(c, "free takes one argument");
+  if (arguments[0] != 0 && !c.machine.memory.free(arguments[0])) fail(c, "free of what malloc has not given");
+  return 0;
+}
+
 }  // namespace
 
 Builtin find_builtin(const std::string& name) {
   if (name == "vprintf") return print;
   if (name == "__assertfail") return fail_assertion;
+  if (name == "malloc") return allocate;
+  if (name == "free") return release;
   return nullptr;
 }
 

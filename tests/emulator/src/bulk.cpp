@@ -67,7 +67,7 @@ uint32_t Bulk::shared_at(uint32_t begin, uint32_t piece) const {
   return linear ^ (linear >> 7 & mask) << 4;
 }
 
-Bulk bulk_of(const Context& c) { return {&c.machine, &c.cta, &c.grid.counters, &c.instruction, where(c), {}, {}}; }
+Bulk bulk_of(const Context& c) { return {&c.machine, &c.cta, &c.grid.counters, &c.instruction, where(c), 0, 0, {}, nullptr, {}}; }
 
 std::vector<Destination> BulkOperands::destinations(Context& c, int lane, uint64_t bytes, uint32_t alignment) const {
   const auto data = static_cast<uint32_t>(shared.get(c, lane)), at = static_cast<uint32_t>(barrier.get(c, lane));
@@ -150,7 +150,7 @@ void land(const Bulk& bulk, const std::shared_ptr<Flight>& flight, uint32_t barr
   }
   async_write_shared(cta, offset, bytes.data(), kPiece);
   if (--flight->pieces == 0) cta.landed[barrier].push_back(flight);
-  mbarrier_complete_tx(*bulk.machine, cta, barrier, kPiece, bulk.who);
+  mbarrier_complete_tx(*bulk.machine, cta, barrier, kPiece, bulk.who, bulk.cta);
 }
 
 // Most often it puts the write off, so that what was read long ago has not arrived yet.

@@ -195,6 +195,7 @@ void exit_lanes(Context& c, uint32_t lanes) {
   });
   if (!c.warp.wgmma.empty()) fail(c, "the warp exits with wgmma in flight");
   c.warp.live &= ~lanes;
+  if (lanes) threads_exited(c);
 }
 
 Handler return_or_exit(const Decoder& d) {

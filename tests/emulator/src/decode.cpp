@@ -189,9 +189,9 @@ Touched::Undefined undefined_rule(const Instruction& instruction) {
 }
 
 Handler decode_one(const Decoder& d) {
-  for (auto* family :
-       {decode_arithmetic, decode_convert, decode_memory, decode_matrix_memory, decode_atomic, decode_control,
-        decode_call, decode_warp, decode_barrier, decode_fence, decode_mbarrier, decode_copy, decode_wgmma, decode_mma}) {
+  for (auto* family : {decode_arithmetic, decode_convert, decode_memory, decode_matrix_memory, decode_atomic,
+                       decode_control, decode_call, decode_warp, decode_barrier, decode_cluster, decode_fence,
+                       decode_mbarrier, decode_copy, decode_wgmma, decode_mma}) {
     if (Handler handler = family(d.restart())) return handler;
     d.touched = {};
   }

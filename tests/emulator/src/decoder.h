@@ -101,6 +101,8 @@ Handler decode_control(const Decoder& d);
 Handler decode_call(const Decoder& d);
 Handler decode_warp(const Decoder& d);
 Handler decode_barrier(const Decoder& d);
+Handler decode_cluster_barrier(const Decoder& d);  // behind barrier.cluster
+Handler decode_cluster(const Decoder& d);
 Handler decode_fence(const Decoder& d);
 Handler decode_mbarrier(const Decoder& d);
 Handler decode_copy(const Decoder& d);
@@ -109,5 +111,6 @@ Handler decode_mma(const Decoder& d);
 
 // Bytes of ".b32", ".bf16x2", ...; an Error for what is no type of PTX. A predicate has 1.
 int bytes_of(const std::string& type);
+inline uint64_t mask_of(int bytes) { return bytes >= 8 ? ~0ull : (1ull << 8 * bytes) - 1; }
 
 }  // namespace emulator

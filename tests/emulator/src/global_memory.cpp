@@ -9,6 +9,7 @@
 namespace emulator {
 namespace {
 
+constexpr const char* kHeapName = "malloc";
 constexpr size_t kMostPending = 512;  // granules of a CTA
 
 uint16_t byte_mask(uint64_t address, uint32_t bytes) {
@@ -91,12 +92,16 @@ void drain_random(Machine& machine, Cta& cta) {
 }
 
 // What a release by `lanes` of a warp covers: their own stores and those that barriers have told the warp of.
+bool covers(const PendingStores::Entry& entry, const Warp& warp, uint32_t lanes) {
+  const bool own = entry.thread / kLanes == warp.index && (lanes >> entry.thread % kLanes & 1);
+  return own || (entry.known >> warp.index & 1);
+}
+
 void drain_known(Machine& machine, Cta& cta, const Warp& warp, uint32_t lanes, bool everywhere) {
   for (auto it = cta.stores.granules.begin(); it != cta.stores.granules.end();) {
     auto& entries = it->second;
     std::erase_if(entries, [&](const PendingStores::Entry& entry) {
-      const bool own = entry.thread / kLanes == warp.index && (lanes >> entry.thread % kLanes & 1);
-      if (!own && !(entry.known >> warp.index & 1)) return false;
+      if (!covers(entry, warp, lanes)) return false;
       publish(machine, cta, it->first, entry, everywhere);
       return true;
     });
@@ -114,8 +119,17 @@ void drain_known(Machine& machine, Cta& cta, const Warp& warp, uint32_t lanes, b
   local[device].clear();
 }
 
+// A release at .cta tells all warps, whether they acquire or not: they may then release it to others.
 void release(Context& c, uint32_t lanes, Scope scope) {
-  if (scope == Scope::kCta) return;
+  if (scope == Scope::kCta) {
+    for (auto& [granule, entries] : c.cta.stores.granules) {
+      for (auto& entry : entries)
+        if (covers(entry, c.warp, lanes)) entry.known = ~0u;
+    }
+    mbarriers_told(c.cta.shared, 1u << c.warp.index, ~0u);
+    return shared_tells(c.cta.shared, 1u << c.warp.index, ~0u);
+  }
+  mbarriers_released(c.cta.shared, c.warp.index);
   drain_known(c.machine, c.cta, c.warp, lanes, scope == Scope::kSys);
 }
 
@@ -140,6 +154,14 @@ bool may_be_old(Context& c, uint64_t granule, GlobalMemory::Version& version, bo
   const auto seen = cta.observed.granules.find(granule);
   if (seen != cta.observed.granules.end() && seen->second >= version.time) return false;
   return c.machine.below(2) == 0;
+}
+
+// Puts back what the last change has changed.
+void copy_old(const GlobalMemory::Version& version, uint64_t address, void* value, uint32_t bytes) {
+  for (uint32_t i = 0; i < bytes; ++i) {
+    const uint64_t at = address % kGranule + i;
+    if (version.mask >> at & 1) static_cast<uint8_t*>(value)[i] = version.old[at];
+  }
 }
 
 uint64_t thread_key(uint32_t cta, uint32_t thread) { return static_cast<uint64_t>(cta) << 16 | thread; }
@@ -172,6 +194,31 @@ uint8_t* GlobalMemory::find(uint64_t address, uint64_t bytes, bool write, const 
   throw Error(text.str());
 }
 
+uint64_t GlobalMemory::allocate(uint64_t bytes) {
+  constexpr uint64_t kHeap = 8 << 20;  // CUDA's default
+  if (bytes == 0 || bytes > kHeap - heap_used) return 0;
+  heap_used += bytes;
+  // Whole granules, with a zone before and behind that belongs to nobody.
+  const uint64_t words = bytes / 8 + 8;
+  const auto& storage = heap.emplace_back(words, ~0ull);
+  const uint64_t address = (reinterpret_cast<uint64_t>(storage.data()) + 2 * kGranule - 1) / kGranule * kGranule;
+  const auto after = std::upper_bound(ranges.begin(), ranges.end(), address,
+                                      [](uint64_t a, const MemoryRange& range) { return a < range.address; });
+  ranges.insert(after, {address, bytes, true, kHeapName});
+  return address;
+}
+
+bool GlobalMemory::free(uint64_t address) {
+  const auto found = std::find_if(ranges.begin(), ranges.end(), [&](const MemoryRange& range) {
+    return range.address == address && range.name == kHeapName;
+  });
+  if (found == ranges.end()) return false;
+  // The storage stays: stores may be on their way to it.
+  heap_used -= found->bytes;
+  ranges.erase(found);
+  return true;
+}
+
 uint64_t GlobalMemory::last_change(uint64_t address, uint64_t bytes) const {
   uint64_t last = 0;
   for (uint64_t granule = address / kGranule; granule <= (address + bytes - 1) / kGranule; ++granule) {
@@ -193,8 +240,7 @@ void global_load(Context& c, int, uint64_t address, void* out, uint32_t bytes, O
       if (order.constant && version.time > c.grid.started)
         fail(c, "ld.global.nc of what is written while the kernel runs");
       if (may_be_old(c, granule, version, order.strong)) {
-        for (uint32_t i = 0; i < bytes; ++i)
-          if (version.mask >> (begin + i) & 1) to[i] = version.old[begin + i];
+        copy_old(version, address, out, bytes);
       } else if (version.cta != c.cta.uid) {
         c.cta.observed.granules[granule] = version.time;
       }
@@ -241,10 +287,15 @@ void global_store(Context& c, int lane, uint64_t address, const void* in, uint32
   while (stores.granules.size() > kMostPending) drain_random(c.machine, c.cta);
 }
 
-uint8_t* global_atomic_begin(Context& c, int lane, uint64_t address, uint32_t bytes, Order order) {
+void global_atomic_begin(Context& c, int lane, uint64_t address, void* value, uint32_t bytes, Order order) {
   if (order.release) release(c, 1u << lane, order.scope);
-  drain_granule(c.machine, c.cta, address / kGranule, false);
-  return c.machine.memory.find(address, bytes, true, where(c));
+  const uint64_t granule = address / kGranule;
+  drain_granule(c.machine, c.cta, granule, false);
+  std::memcpy(value, reinterpret_cast<const uint8_t*>(address), bytes);
+  // Of another device, with a scope that does not reach here: the two are not atomic for each other.
+  const auto found = c.machine.memory.versions.find(granule);
+  if (found != c.machine.memory.versions.end() && may_be_old(c, granule, found->second, true))
+    copy_old(found->second, address, value, bytes);
 }
 
 void global_atomic_end(Context& c, int lane, uint64_t address, const void* value, uint32_t bytes, Order order) {
@@ -298,6 +349,8 @@ void async_write_global(Machine& machine, const Cta& cta, uint64_t address, cons
 }
 
 void barrier_tells(Cta& cta, uint32_t warps) {
+  mbarriers_told(cta.shared, warps, warps);
+  shared_tells(cta.shared, warps, warps);
   for (auto& [granule, entries] : cta.stores.granules) {
     for (auto& entry : entries) {
       const uint32_t knows = entry.known | 1u << entry.thread / kLanes;

@@ -5,6 +5,7 @@
 // location held before its last change, if that came after the CTA's last acquire.
 #pragma once
 #include <cstdint>
+#include <list>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -67,17 +68,21 @@ struct GlobalMemory {
   std::unordered_map<uint64_t, uint64_t> proxy_fences;  // time of each thread's last; the key is CTA and thread
   std::vector<std::vector<uint64_t>> local_to_device;   // granules not visible everywhere, by device
   uint64_t now = 0;
+  std::list<std::vector<uint64_t>> heap;  // of malloc
+  uint64_t heap_used = 0;
 
   // Host memory of [address, address + bytes) in a registered range, or an Error that names the nearest one.
   uint8_t* find(uint64_t address, uint64_t bytes, bool write, const std::string& who) const;
+  uint64_t allocate(uint64_t bytes);  // 0 where the heap is full
+  bool free(uint64_t address);        // false for what is not from allocate
   uint64_t last_change(uint64_t address, uint64_t bytes) const;
 };
 
 // The generic proxy, for one lane; at most 16 bytes, aligned to their number.
 void global_load(Context& context, int lane, uint64_t address, void* out, uint32_t bytes, Order order);
 void global_store(Context& context, int lane, uint64_t address, const void* in, uint32_t bytes, Order order);
-// Before and after an atomic operation on the bytes, which works on what it gets in between: the newest value.
-uint8_t* global_atomic_begin(Context& context, int lane, uint64_t address, uint32_t bytes, Order order);
+// Before and after an atomic operation on the bytes: what it finds there, and what it leaves.
+void global_atomic_begin(Context& context, int lane, uint64_t address, void* value, uint32_t bytes, Order order);
 void global_atomic_end(Context& context, int lane, uint64_t address, const void* value, uint32_t bytes, Order order);
 void global_fence(Context& context, Order order);
 

@@ -119,6 +119,7 @@ void exit_warp(Machine& machine, Context& c) {
     fail(c, "the CTA exits while copies into its shared memory are in flight");
   if (cta.live_warps == 0 && cta.sends > 0)
     fail(c, "the CTA exits while copies from its shared memory into the cluster's are in flight");
+  if (cta.live_warps == 0) mbarriers_check_exit(c);
 }
 
 void step(Machine& machine, Grid& grid, Cta& cta, Warp& warp) {
@@ -148,14 +149,16 @@ void step(Machine& machine, Grid& grid, Cta& cta, Warp& warp) {
     outcome = code.handlers[pc](context);
     if (outcome == Outcome::kBlocked) {
       grid.counters.warp_stalls++;
-      warp.blocked_pc = pc;
+      warp.blocked_pc = warp.wait_pc = pc;
+      // Those that the guard stopped have nothing to do with it.
+      for_lanes(group & ~mask, [&](int lane) { warp.pc[lane]++; });
       warp.sleep = machine.below(8);
       return machine.note_poll(warp);
     }
     if (!touched.defines)
       for (int index : touched.writes) warp.defined[index] = (warp.defined[index] | mask) & ~undefined;
   }
-  // A loop around a poll waits for what the poll has asked for.
+  // A wait for an mbarrier is a loop of polls: the one that succeeds ends it.
   if (warp.wait.what != Wait::For::kMbarrier) warp.wait.what = Wait::For::kNothing;
   machine.ticks++;
   grid.executed[pc]++;
@@ -195,7 +198,8 @@ std::string report(Machine& machine, const std::string& what) {
           const Instruction& at = *grid.code->instructions[pc];
           text << "\n  " << grid.code->function->name << " CTA (" << cta->id[0] << ", " << cta->id[1] << ", "
                << cta->id[2] << ") warp " << warp.index << " lanes " << lanes_text(lanes) << ": line " << at.line
-               << ": " << at.text.substr(0, 120) << describe(warp.wait);
+               << ": " << at.text.substr(0, 120);
+          if (warp.wait.what == Wait::For::kMbarrier || warp.wait_pc == pc) text << describe(warp.wait);
         }
       }
     }
@@ -338,6 +342,17 @@ std::string where(const Context& context) {
 
 void fail(const Context& context, const std::string& what) { throw Error(where(context) + ": " + what); }
 
+namespace {
+
+int threads_to_arrive(const Cta& cta) {
+  int threads = 0;
+  for (const Cta* member : cta.cluster)
+    for (const Warp& warp : member->warps) threads += __builtin_popcount(warp.live & ~warp.cluster_arrived);
+  return threads;
+}
+
+}  // namespace
+
 std::string describe(const Wait& wait) {
   std::ostringstream text;
   switch (wait.what) {
@@ -351,7 +366,8 @@ std::string describe(const Wait& wait) {
       break;
     }
     case Wait::For::kClusterBarrier:
-      text << ": waits for the cluster's barrier";
+      text << ": waits for the cluster's barrier, to which " << threads_to_arrive(*wait.cta)
+           << " threads have not come";
       break;
     case Wait::For::kMbarrier:
       text << ": waits for parity " << wait.value << " of the "
@@ -362,6 +378,12 @@ std::string describe(const Wait& wait) {
       break;
     case Wait::For::kWgmma:
       text << ": waits for wgmma, which all four warps of the warpgroup must issue";
+      break;
+    case Wait::For::kRegisters:
+      text << ": waits for " << wait.value << " registers, of which " << wait.cta->registers_free << " are free";
+      break;
+    case Wait::For::kGrid:
+      text << ": waits for the launch before this one to end";
       break;
     case Wait::For::kOther:
     case Wait::For::kNothing:

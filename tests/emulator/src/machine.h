@@ -64,10 +64,21 @@ struct CopyGroups {
 
 // What a warp waits for, for the report of a deadlock.
 struct Wait {
-  enum class For : uint8_t { kNothing, kLanes, kBarrier, kClusterBarrier, kMbarrier, kBulkGroup, kWgmma, kOther };
+  enum class For : uint8_t {
+    kNothing,
+    kLanes,
+    kBarrier,
+    kClusterBarrier,
+    kMbarrier,
+    kBulkGroup,
+    kWgmma,
+    kRegisters,
+    kGrid,
+    kOther
+  };
   For what = For::kNothing;
   Cta* cta = nullptr;
-  uint64_t at = 0, value = 0;  // kBarrier: id; kMbarrier: offset and parity; kLanes: the members
+  uint64_t at = 0, value = 0;  // kBarrier: id; kMbarrier: offset and parity; kLanes: the members; kRegisters: how many
 };
 
 // A call of one lane that has not returned.
@@ -81,6 +92,24 @@ struct Frame {
   uint32_t local_base, param_base;  // of the caller
   const std::vector<Result>* results;
   std::vector<uint64_t> saved;  // the callee's registers, where it is active already
+};
+
+// What a lane has brought to an instruction among the lanes of a warp, and what it gets from it.
+struct Post {
+  const Instruction* at;
+  uint32_t members;
+  std::array<uint64_t, 3> in;
+  uint64_t out;
+  bool flag;
+};
+
+// A warp at a barrier of its CTA. The warp counts once all its lanes have come.
+struct Visit {
+  uint32_t arrived = 0, released = 0;  // lanes that wait, and lanes that may go on
+  uint32_t id = 0, expected = 0;
+  bool all = false;                // no count was given: all threads that have not exited
+  bool reduces = false;            // bar.red
+  uint32_t votes = 0, voters = 0;  // for bar.red; those of all threads when the barrier is complete
 };
 
 struct Warp {
@@ -99,14 +128,20 @@ struct Warp {
   uint32_t sleep = 0;         // scheduler rounds to sit out
   uint32_t blocked_pc = ~0u;  // the group that could not go on last time
   Wait wait;
+  uint32_t wait_pc = 0;  // where it is blocked
   // While the machine suspects a deadlock: a state that was seen, the polls until it is replaced, the lanes that have
   // stepped since, and whether the warp has come back to it.
   uint64_t anchor = 0;
   uint32_t patience = 1, patience_next = 1, tried = 0;
   bool stuck = false;
-  // An aligned instruction that waits in steps keeps here what it waits for.
-  bool waiting = false;
-  uint64_t wait_token = 0;
+  // Lanes that wait at an aligned instruction for the others.
+  uint32_t aligned_lanes = 0, aligned_pc = 0;
+  Visit visit;
+  uint32_t cluster_arrived = 0, cluster_released = 0;  // lanes at the cluster's barrier, as in Visit
+  std::vector<Post> posts;                             // of each lane
+  uint32_t posted = 0, served = 0;                     // lanes whose post waits for others, and that have their result
+  int register_count = 0;                              // a thread, while setmaxnreg is in use
+  size_t register_steps = 0;                           // setmaxnreg executed
   std::array<std::deque<std::shared_ptr<BulkGroup>>, kLanes> bulk_groups;
   std::array<std::shared_ptr<BulkGroup>, kLanes> open_group;
   std::array<CopyGroups, kLanes> async_copies;
@@ -116,9 +151,10 @@ struct Warp {
 };
 
 struct NamedBarrier {
-  uint32_t arrived = 0, expected = 0;
-  uint32_t warps = 0;  // that have arrived
-  uint64_t generation = 0;
+  uint32_t arrived = 0, expected = 0;  // threads
+  uint32_t warps = 0, waiting = 0;     // that have arrived, and those of them that wait
+  bool all = false, reduces = false;   // as in Visit
+  uint32_t votes = 0, voters = 0;
 };
 
 struct Cta {
@@ -138,6 +174,8 @@ struct Cta {
   // Copies that have arrived, by the mbarrier of which a phase tells of them.
   std::unordered_map<uint32_t, std::vector<std::shared_ptr<Flight>>> landed;
   bool releases_dependents = false;  // griddepcontrol.launch_dependents
+  int registers = 0, registers_free = 0;                          // of the CTA's pool, while setmaxnreg is in use
+  std::map<int, std::vector<const Instruction*>> register_steps;  // setmaxnreg of each warpgroup
 };
 
 struct Grid {
@@ -189,8 +227,17 @@ std::string where(const Context& context);
 std::string describe(const Wait& wait);
 std::string describe_mbarrier(const Cta& cta, uint32_t offset);
 
-// mbarrier: complete_tx by a copy that has written `bytes`.
-void mbarrier_complete_tx(Machine& machine, Cta& cta, uint32_t offset, int64_t bytes, const std::string& who);
+// mbarrier: complete_tx by a copy that has written `bytes`; `from` is the CTA that issued it.
+void mbarrier_complete_tx(Machine& machine, Cta& cta, uint32_t offset, int64_t bytes, const std::string& who,
+                          const Cta* from = nullptr);
+// Raises where bytes announced to an mbarrier of the CTA have not come, or bytes came that nobody announced.
+void mbarriers_check_exit(const Context& context);
+
+// Whether all live lanes are at this aligned instruction; else it must wait for them. Raises where they cannot come.
+bool converged(Context& context);
+// To be called when lanes of the warp have exited: barriers do not wait for them.
+void threads_exited(Context& context);
+void cta_barriers_after_exit(Context& context);
 // mbarrier: `arrivals` more to come, or, negative, that have come.
 void mbarrier_add_pending(Machine& machine, Cta& cta, uint32_t offset, int64_t arrivals, const std::string& who);
 // A phase of the mbarrier is complete: the copies that it tells of no longer hold their shared memory.
@@ -202,9 +249,6 @@ bool wgmma_advance(Machine& machine, Cta& cta, int first_warp);
 // Bytes of an activation of a function, in local memory and in what calls pass.
 inline uint32_t local_frame(const Function& function) { return static_cast<uint32_t>(function.local_bytes + 15) & ~15u; }
 inline uint32_t param_frame(const Function& function) { return static_cast<uint32_t>(function.param_bytes + 15) & ~15u; }
-
-// Whether all of `members` that live are at this instruction; else they must wait for each other.
-inline bool gathered(const Context& c, uint32_t members) { return (members & c.warp.live & ~c.mask) == 0; }
 
 template <class F>
 void for_lanes(uint32_t mask, F&& f) {

@@ -36,6 +36,18 @@ struct Address {
 };
 Address address_of(const Decoder& d, const Operand& operand);
 
+// Lane by lane in a random order, as the hardware may serve those of one atomic instruction.
+template <class F>
+void for_shuffled(Context& c, F f) {
+  std::array<int, kLanes> lanes;
+  uint32_t count = 0;
+  for_lanes(c.mask, [&](int lane) { lanes[count++] = lane; });
+  for (; count > 0; --count) {
+    std::swap(lanes[c.machine.below(count)], lanes[count - 1]);
+    f(lanes[count - 1]);
+  }
+}
+
 using LaneAddresses = std::array<uint64_t, kLanes>;
 // Counts the 32-byte sectors, or the bank conflicts, of one access by `lanes`.
 void count_global(Context& context, const LaneAddresses& addresses, uint32_t lanes);

@@ -9,7 +9,6 @@
 namespace emulator {
 namespace {
 
-constexpr uint32_t kHold = 16;        // bytes that share a Hold
 constexpr size_t kMostRanges = 1024;  // of a warp's unfenced stores before they are taken for all of the memory
 
 std::string in_flight(const SharedMemory::Hold& hold) {
@@ -26,6 +25,17 @@ void for_holds(SharedMemory& shared, uint32_t offset, uint32_t bytes, F f) {
   }
 }
 
+// Raises where bytes from `offset` on belong to an mbarrier that is in use.
+void check_mbarriers(const SharedMemory& shared, uint32_t hold, uint32_t offset, uint32_t bytes,
+                     const std::string& who) {
+  for (uint32_t half = 0; half < 2; ++half) {
+    const uint32_t at = hold * kHold + half * 8;
+    if ((shared.holds[hold].mbarriers >> half & 1) && offset < at + 8 && at < offset + bytes)
+      throw Error(who + ": it overwrites the mbarrier at shared offset " + std::to_string(at) +
+                  ", which has had no mbarrier.inval");
+  }
+}
+
 // Generic accesses to what asynchronous work of any thread still writes, or reads.
 void check_generic(const Context& c, Cta& cta, uint32_t offset, uint32_t bytes, bool write) {
   for_holds(cta.shared, offset, bytes, [&](const SharedMemory::Hold& hold, uint16_t mask) {
@@ -33,6 +43,7 @@ void check_generic(const Context& c, Cta& cta, uint32_t offset, uint32_t bytes, 
       fail(c, "shared memory in which a copy in flight still writes" + in_flight(hold));
     if (write && hold.reads)
       fail(c, "store to shared memory that is still being read asynchronously" + in_flight(hold));
+    if (write && hold.mbarriers) check_mbarriers(cta.shared, static_cast<uint32_t>(&hold - cta.shared.holds.data()), offset, bytes, where(c));
   });
 }
 
@@ -103,25 +114,40 @@ void shared_write(Context& c, int lane, Cta& cta, uint32_t offset, const void* i
   std::fill_n(shared.unfenced.begin() + offset, bytes, thread);
   if (thread == 0) return;
   auto& ranges = shared.written[c.warp.index];
-  if (!ranges.empty() && ranges.back().offset + ranges.back().bytes == offset) {
+  if (!ranges.empty() && ranges.back().known == 0 && ranges.back().offset + ranges.back().bytes == offset) {
     ranges.back().bytes += bytes;
   } else if (ranges.size() < kMostRanges) {
-    ranges.push_back({offset, bytes});
+    ranges.push_back({offset, bytes, 0});
   } else {
-    ranges.assign(1, {0, static_cast<uint32_t>(shared.size())});
+    ranges.assign(1, {0, static_cast<uint32_t>(shared.size()), 0});
   }
 }
 
 void shared_fence(Cta& cta, int warp, uint32_t lanes) {
   SharedMemory& shared = cta.shared;
-  const uint32_t first = warp * kLanes + 1;
-  for (const auto& range : shared.written[warp]) {
-    for (uint32_t i = range.offset; i < range.offset + range.bytes; ++i) {
-      const uint32_t lane = shared.unfenced[i] - first;  // huge where the writer is of another warp, or there is none
-      if (lane < kLanes && (lanes >> lane & 1)) shared.unfenced[i] = 0;
+  for (size_t writer = 0; writer < shared.written.size(); ++writer) {
+    auto& ranges = shared.written[writer];
+    const bool own = static_cast<int>(writer) == warp;
+    const uint32_t first = static_cast<uint32_t>(writer) * kLanes + 1;
+    for (const auto& range : ranges) {
+      const bool told = range.known >> warp & 1;
+      if (!own && !told) continue;
+      for (uint32_t i = range.offset; i < range.offset + range.bytes; ++i) {
+        const uint32_t lane = shared.unfenced[i] - first;  // huge where the writer is of another warp, or there is none
+        if (lane < kLanes && (told || (lanes >> lane & 1))) shared.unfenced[i] = 0;
+      }
     }
+    std::erase_if(ranges, [&](const auto& range) {
+      return range.known >> warp & 1 || (own && lanes == kAllLanes);
+    });
   }
-  if (lanes == kAllLanes) shared.written[warp].clear();
+}
+
+void shared_tells(SharedMemory& shared, uint32_t from, uint32_t to) {
+  for (size_t writer = 0; writer < shared.written.size(); ++writer) {
+    for (auto& range : shared.written[writer])
+      if ((range.known | 1u << writer) & from) range.known |= to;
+  }
 }
 
 void check_async_read(const Cta& cta, uint32_t offset, uint32_t bytes, const std::string& who) {
@@ -175,6 +201,7 @@ void hold_reductions(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const
       check_not_read(hold, who);
       if (hold.writes & mask)
         throw Error(who + ": two copies in flight write the same shared memory" + in_flight(hold));
+      if (hold.mbarriers) check_mbarriers(cta.shared, static_cast<uint32_t>(&hold - cta.shared.holds.data()), offset, bytes, who);
       hold.by = by;
     }
     hold.reductions = static_cast<uint16_t>(hold.reductions + delta);

@@ -187,11 +187,7 @@ Handler copy_and_fence(const Decoder& d) {
   d.operands(3);
   expect_map_size(d, 2);
   return [to = address_of(d, d.operand(0)), from = address_of(d, d.operand(1))](Context& c) {
-    if (!gathered(c, kAllLanes)) {
-      if (c.group == c.warp.live) fail(c, "tensormap.cp_fenceproxy is executed by whole warps");
-      c.warp.wait = {Wait::For::kLanes, &c.cta, 0, c.warp.live};
-      return Outcome::kBlocked;
-    }
+    if (!converged(c)) return Outcome::kBlocked;
     const int first = __builtin_ctz(c.mask);
     const uint64_t target = to.get(c, first), source = from.get(c, first);
     for_lanes(c.mask, [&](int lane) {
