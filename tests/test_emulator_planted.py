@@ -15,35 +15,6 @@ BUGS: dict[str, Bug] = {}
 for family in (threads, global_memory, mbarriers, copies, tensor_core, clusters):
     BUGS |= family.BUGS
 
-# What the emulator cannot run yet.
-_ATOMICS, _LIFETIME = "atomic operations", "mbarrier.inval, expect_tx"
-_CLUSTERS, _ASYNC, _MAPS = "clusters: mapa, barrier.cluster, multicast", "cp.async", "tensormap.replace"
-_REGISTERS = "the pool of registers, operands of wgmma in registers"
-PENDING = {
-    "counter without an atomic": _ATOMICS,
-    "locks in two orders": _ATOMICS,
-    "shared lock without fences": _ATOMICS,
-    "reading a histogram without a barrier": _ATOMICS,
-    "initialised twice": _LIFETIME,
-    "used after its end": _LIFETIME,
-    "arrive before expect": _LIFETIME,
-    "sums changed in flight": _REGISTERS,
-    "added to what was never zeroed": _REGISTERS,
-    "A registers changed in flight": _REGISTERS,
-    "more registers than there are": _REGISTERS,
-    "registers never given back": _REGISTERS,
-    "setmaxnreg by one warp": _REGISTERS,
-    "cp.async without a wait": _ASYNC,
-    "cp.async without a barrier": _ASYNC,
-    "cp.async waits for too few groups": _ASYNC,
-    "a stale tensor map": _MAPS,
-} | {name: _CLUSTERS for name, bug in clusters.BUGS.items() if bug.cluster > 1}
-
-NAMES = [
-    pytest.param(name, marks=pytest.mark.skip(reason=f"pending: {PENDING[name]}")) if name in PENDING else name
-    for name in BUGS
-]
-
 
 def output() -> Array:
     """Zeros at a multiple of 128 bytes: a kernel may put a tensor map there."""
@@ -75,7 +46,7 @@ def run(bug: Bug, wrong: bool, seed: int) -> str:
     return "" if np.array_equal(d.reshape(-1), expected) else WRONG_DATA
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BUGS)
 def test_the_mistake_is_found(name: str) -> None:
     bug = BUGS[name]
     for seed in SEEDS:
@@ -87,12 +58,8 @@ def test_the_mistake_is_found(name: str) -> None:
     pytest.fail("the right result under every seed")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BUGS)
 def test_the_correction_is_right(name: str) -> None:
     for seed in SEEDS:
         outcome = run(BUGS[name], False, seed)
         assert not outcome, outcome
-
-
-def test_pending_names_bugs() -> None:
-    assert set(PENDING) <= set(BUGS)

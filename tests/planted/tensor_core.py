@@ -149,7 +149,7 @@ BUGS = {
     "LBO and SBO swapped": tensor_core(
         "The two byte offsets of the matrix descriptor in each other's place.",
         multiplied(descriptor=f"<<0x{3 << 62 | 1 << 32 | 16 << 16:x}||0x{DESCRIPTOR:x}>>"),
-        WRONG_DATA,
+        "the stride byte offset",
     ),
     "a base offset": tensor_core(
         "A base offset in the descriptor although the tile begins where the pattern does.",

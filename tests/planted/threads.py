@@ -136,13 +136,13 @@ DONE:
     "barrier counts too many": Bug(
         "bar.sync with the threads of the block where only some come: deadlock.",
         "mov.u32 %r0, 1; mov.u32 %r1, <<128||64>>;" + PAIR,
-        ("64 of 128",),
+        ("waits for 128 threads",),
         words(lambda a: a[swapped(32)]),
     ),
     "warps disagree on a count": Bug(
         "Producer and consumer give one barrier different counts.",
         "mov.u32 %r0, 1; mov.u32 %r1, 64; setp.eq.u32 %p0, %w, 1; @%p0 mov.u32 %r1, <<96||64>>;" + PAIR,
-        ("disagree",),
+        ("disagree", "waits for 96 threads"),
         words(lambda a: a[swapped(32)]),
     ),
     "named barriers collide": Bug(

@@ -123,14 +123,17 @@ bool take_scope(const Decoder& d, Order& order) {
   return d.take("gpu");
 }
 
-bool take_vector(const Decoder& d, Atomic& a) {
-  a.vector = d.take("v2") ? 2 : d.take("v4") ? 4 : d.take("v8") ? 8 : 1;
-  return a.vector > 1;
-}
-
 bool take_name(const Decoder& d, std::string& name, const std::set<std::string>& names) {
   if (d.done() || !names.contains(d.instruction.modifiers[d.used])) return false;
   name = d.next();
+  return true;
+}
+
+// A vector is followed by the type of its elements.
+bool take_vector(const Decoder& d, Atomic& a, const std::set<std::string>& types) {
+  a.vector = d.take("v2") ? 2 : d.take("v4") ? 4 : d.take("v8") ? 8 : 1;
+  if (a.vector == 1) return false;
+  if (!take_name(d, a.type, types)) d.unknown("vector");
   return true;
 }
 
@@ -139,7 +142,7 @@ bool take_modifiers(const Decoder& d, Atomic& a, bool reduction) {
   static const std::set<std::string> kOperations = {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"};
   static const std::set<std::string> kTypes = {"b16", "b32", "b64", "u32", "u64",   "s32",  "s64",
                                                "f32", "f64", "f16", "bf16", "f16x2", "bf16x2"};
-  bool semantics = false, scope = false, space = false, noftz = false, policy = false, vector = false;
+  bool semantics = false, scope = false, space = false, noftz = false, policy = false;
   while (!d.done()) {
     const size_t before = d.used;
     semantics = semantics || take_semantics(d, a.order, reduction);
@@ -148,7 +151,7 @@ bool take_modifiers(const Decoder& d, Atomic& a, bool reduction) {
     if (a.op.empty()) take_name(d, a.op, kOperations);
     noftz = noftz || d.take("noftz");
     policy = policy || d.take("L2::cache_hint");
-    vector = vector || take_vector(d, a);
+    if (a.type.empty()) take_vector(d, a, kTypes);
     if (a.type.empty()) take_name(d, a.type, kTypes);
     if (d.used == before) d.expect_done();
   }

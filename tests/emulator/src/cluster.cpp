@@ -127,6 +127,7 @@ Handler cluster_wait(const Decoder& d) {
     }
     warp.cluster_released &= ~ready;
     race_leave(c, ready, cluster_meeting(c.cta));
+    race_acquire(c, ready);  // a fence before a relaxed arrival releases, too
     global_fence(c, {.strong = true, .acquire = true, .scope = Scope::kCluster});
     if (ready == c.mask) return Outcome::kNext;
     for_lanes(ready, [&](int lane) { warp.pc[lane]++; });

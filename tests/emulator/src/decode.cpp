@@ -24,7 +24,8 @@ uint64_t source_slow(const Source& source, Context& c, int lane) {
 
 int bytes_of(const std::string& type) {
   if (type == "pred") return 1;
-  const uint64_t bytes = type_bytes(type);
+  // Registers have no such types; instructions do.
+  const uint64_t bytes = type == "bf16" ? 2 : type == "bf16x2" || type == "tf32" ? 4 : type_bytes(type);
   if (bytes == 0 || bytes > 16) throw Error("no type of PTX: ." + type);
   return static_cast<int>(bytes);
 }

@@ -52,6 +52,7 @@ Handler init_fence(const Decoder& d) {
   end(d);
   return [](Context& c) {
     mbarriers_released(c.cta.shared, c.warp.index);
+    race_release(c, c.mask);
     return Outcome::kNext;
   };
 }

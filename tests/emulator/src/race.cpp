@@ -176,7 +176,10 @@ void race_arrive(Context& c, uint32_t lanes, Meeting& meeting) {
   });
 }
 
-void race_complete(Meeting& meeting) { meeting.closed = std::make_shared<const Clock>(meeting.open); }
+void race_complete(Meeting& meeting) {
+  // Nobody that arrived has released anything.
+  if (!meeting.open.empty()) meeting.closed = std::make_shared<const Clock>(meeting.open);
+}
 
 void race_leave(Context& c, uint32_t lanes, const Meeting& meeting) {
   Known from, to;

@@ -130,7 +130,7 @@ void shared_fence(Cta& cta, int warp, uint32_t lanes) {
     const bool own = static_cast<int>(writer) == warp;
     const uint32_t first = static_cast<uint32_t>(writer) * kLanes + 1;
     for (const auto& range : ranges) {
-      const bool told = range.known >> warp & 1;
+      const bool told = lanes == kAllLanes && (range.known >> warp & 1);
       if (!own && !told) continue;
       for (uint32_t i = range.offset; i < range.offset + range.bytes; ++i) {
         const uint32_t lane = shared.unfenced[i] - first;  // huge where the writer is of another warp, or there is none
@@ -138,7 +138,7 @@ void shared_fence(Cta& cta, int warp, uint32_t lanes) {
       }
     }
     std::erase_if(ranges, [&](const auto& range) {
-      return range.known >> warp & 1 || (own && lanes == kAllLanes);
+      return lanes == kAllLanes && (own || (range.known >> warp & 1));
     });
   }
 }

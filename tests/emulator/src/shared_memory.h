@@ -63,7 +63,8 @@ uint32_t shared_offset(const Cta& cta, uint32_t address, uint64_t bytes, const s
 bool shared_read(Context& context, int lane, Cta& cta, uint32_t offset, void* out, uint32_t bytes, bool strong = false);
 void shared_write(Context& context, int lane, Cta& cta, uint32_t offset, const void* in, uint32_t bytes,
                   bool strong = false);
-// fence.proxy.async by `lanes` of the warp: covers their own stores, and those of others that barriers have told of.
+// fence.proxy.async by `lanes` of the warp covers their own stores; by the whole warp, also those of others that a
+// barrier has told it of (what Triton relies on, whose consumers fence behind the barrier).
 void shared_fence(Cta& cta, int warp, uint32_t lanes);
 // A barrier: what one of `from` knows, all of `to` know.
 void shared_tells(SharedMemory& shared, uint32_t from, uint32_t to);
