@@ -173,7 +173,7 @@ def test_remote_arrivals_need_a_fence_behind_the_init(fence: str, sync: str, leg
     init = "setp.eq.u32 p, %t, 0; @p mbarrier.init.shared.b64 [bar], 3; " + fence
     body = REMOTE.format(fence=init, sync=sync + "barrier.cluster.wait.aligned;")
     if not legal:
-        raises(body, "no fence.mbarrier_init between the init", 4, 4, seeds=3)
+        raises(body, "no fence.mbarrier_init between the init|race", 4, 4, seeds=3)
         return
     for seed in range(5):
         assert run(body, 4, 4, 32, seed)[:, 0].tolist() == [1, 0, 0, 0]

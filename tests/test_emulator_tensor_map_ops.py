@@ -178,7 +178,7 @@ BAD_VALUES = {
     "in local memory": ("mov.b64 %rd5, 0x8200000000000000;\n" + replace("rank", 1, space="", at="%rd5"), "out of bo"),
     "fence elsewhere": (ACQUIRE.replace("%rd0", "%rd0+32"), "multiple of 64"),
     "copy to a multiple of 64": (PUBLISH.replace("[%rd0]", "[%rd0+64]"), "between multiples of 128"),
-    "copy by a lane": ("@%p0 " + PUBLISH.splitlines()[1], "executed by whole warps"),
+    "copy by a lane": ("@%p0 " + PUBLISH.splitlines()[1], "divergent"),
 }
 
 

@@ -183,10 +183,10 @@ WARPGROUPS = {
         form(FENCE, WARP, "setp.eq.s32 more, %u0, 3;", "@more bra L;", MMA, "bra J;", "L:", MMA, "J:", COMMIT, WAIT),
         "warp 3 executes line",
     ),
-    "a guard of lanes": (form(FENCE, LANE, "setp.lt.s32 more, %u0, 9;", f"@more {MMA}"), "by all lanes of a warp"),
+    "a guard of lanes": (form(FENCE, LANE, "setp.lt.s32 more, %u0, 9;", f"@more {MMA}"), "divergent"),
     "diverged lanes": (
         form(FENCE, LANE, "setp.lt.s32 more, %u0, 9;", "@more bra L;", MMA, COMMIT, WAIT, "L:"),
-        "by all lanes of a warp",
+        "divergent|by all lanes of a warp",
     ),
     "a warp stays away": (
         form(FENCE, WARP, "setp.eq.s32 more, %u0, 1;", "@more bra L;", MMA, COMMIT, WAIT, "L:"),

@@ -65,9 +65,15 @@ class Emulated:
             values += _expanded(value, next(maps, None)) if isinstance(value, TensorDescriptor) else [value]
         # Two areas of scratch memory come last: the kernel's own, and that of a profiler.
         for size in (metadata.global_scratch_size, metadata.profile_scratch_size):
-            values.append(torch.zeros(size * math.prod(grid), dtype=torch.uint8) if size else None)
+            values.append(_scratch(size * math.prod(grid)) if size else None)
         launchable = self._machine.load(self.ptx)[metadata.name]
         return launchable.launch(grid, _threads(self.ptx), 1, metadata.shared, values)
+
+
+def _scratch(size: int) -> torch.Tensor:
+    """At a multiple of 128 bytes, as tensor maps want."""
+    room = torch.zeros(size + 128, dtype=torch.uint8)
+    return room[-room.data_ptr() % 128 :][:size]
 
 
 def _threads(ptx: str) -> int:

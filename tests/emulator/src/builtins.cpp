@@ -72,6 +72,7 @@ uint64_t print(Context& c, int lane, const std::vector<uint64_t>& arguments) {
   const std::string format = text_at(c, lane, arguments[0]);
   uint64_t list = arguments[1];
   std::string& out = c.machine.output;
+  uint64_t conversions = 0;
   for (size_t i = 0; i < format.size(); ++i) {
     if (format[i] != '%') {
       out += format[i];
@@ -91,11 +92,11 @@ uint64_t print(Context& c, int lane, const std::vector<uint64_t>& arguments) {
     if (format[i] == '%')
       out += '%';
     else if (std::strchr("diuxXocspfFeEgGaA", format[i]))
-      out += convert(c, lane, flags, wide, format[i], list);
+      out += convert(c, lane, flags, wide, format[i], list), ++conversions;
     else
       fail(c, std::string("printf does not know %") + format[i]);
   }
-  return 0;
+  return conversions;
 }
 
 uint64_t fail_assertion(Context& c, int lane, const std::vector<uint64_t>& arguments) {

@@ -185,6 +185,27 @@ Handler dot_product(const Decoder& d, int count) {
       a_type, b_type, type);
 }
 
+// vabsdiff4.u32.u32.u32{.add}: |a - b| of each byte, or with .add their sum and c. It is the one video instruction that
+// CUDA's headers still use.
+Handler byte_differences(const Decoder& d) {
+  const Type& type = take_type(d, "u32");
+  take_type(d, "u32");
+  take_type(d, "u32");
+  const bool sum = d.take("add");
+  return lanewise(
+      d, type,
+      [sum](uint64_t a, uint64_t b, uint64_t c) {
+        uint64_t packed = 0, total = c;
+        for (int i = 0; i < 32; i += 8) {
+          const auto x = static_cast<int>(a >> i & 255), y = static_cast<int>(b >> i & 255);
+          const auto difference = static_cast<uint64_t>(x > y ? x - y : y - x);
+          packed |= difference << i, total += difference;
+        }
+        return sum ? total : packed;
+      },
+      type, type, type);
+}
+
 }  // namespace
 
 Handler decode_integer(const Decoder& d) {
@@ -198,6 +219,7 @@ Handler decode_integer(const Decoder& d) {
   if (op == "min" || op == "max") return minimum(d, op == "max");
   if (op == "abs" || op == "neg") return absolute(d, op == "neg");
   if (op == "sad") return sum_of_absolute_differences(d);
+  if (op == "vabsdiff4") return byte_differences(d);
   if (op == "dp4a" || op == "dp2a") return dot_product(d, op == "dp4a" ? 4 : 2);
   return {};
 }

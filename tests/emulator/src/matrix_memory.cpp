@@ -60,7 +60,8 @@ Handler decode_stmatrix(const Decoder& d) {
     values.push_back(d.source(1));
   if (values.size() != static_cast<size_t>(m.count)) d.unknown("number of registers");
   return [=](Context& c) {
-    if (c.mask != kAllLanes) fail(c, "an aligned instruction needs all lanes of the warp");
+    if (!converged(c)) return Outcome::kBlocked;
+    if (c.mask != kAllLanes) fail(c, "it is executed by all lanes of a warp, and some have exited");
     for (int matrix = 0; matrix < m.count; ++matrix) {
       std::array<Place, 8> rows;
       for (int row = 0; row < 8; ++row) {
@@ -88,7 +89,8 @@ Handler decode_ldmatrix(const Decoder& d) {
   if (registers.size() != static_cast<size_t>(m.count)) d.unknown("number of registers");
   d.touched.defines = true;
   return [=](Context& c) {
-    if (c.mask != kAllLanes) fail(c, "an aligned instruction needs all lanes of the warp");
+    if (!converged(c)) return Outcome::kBlocked;
+    if (c.mask != kAllLanes) fail(c, "it is executed by all lanes of a warp, and some have exited");
     std::array<LaneAddresses, 4> values{};
     std::array<uint32_t, 4> undefined{};
     for (int matrix = 0; matrix < m.count; ++matrix) {

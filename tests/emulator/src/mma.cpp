@@ -96,11 +96,8 @@ Handler decode_mma(const Decoder& d) {
   std::vector<int> results;
   for (const Operand& element : elements(d, 0, words)) results.push_back(d.destination(element));
   return [=, a = sources(d, 1, 2 * parts), b = sources(d, 2, parts), c_sources = sources(d, 3, words)](Context& c) {
-    if (c.group != c.warp.live) {
-      c.warp.wait = {Wait::For::kLanes, &c.cta, 0, c.warp.live};
-      return Outcome::kBlocked;
-    }
-    if (c.mask != kAllLanes) fail(c, "mma.sync is executed by all lanes of a warp");
+    if (c.warp.live != kAllLanes) fail(c, "mma.sync is executed by all lanes of a warp, and some have exited");
+    if (!converged(c)) return Outcome::kBlocked;
     BytesA left{};
     BytesB right{};
     Matrix matrix;

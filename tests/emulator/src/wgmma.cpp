@@ -19,16 +19,10 @@ std::string describe(const Instruction& instruction) {
          instruction.text.substr(0, instruction.text.find_first_of("{ "));
 }
 
-// An aligned instruction waits for lanes that are elsewhere; a guard must not part them.
-bool converged(const Context& c) {
-  if (c.group != c.warp.live) return false;
-  if (c.mask != kAllLanes) fail(c, "wgmma is executed by all lanes of a warp");
-  return true;
-}
-
-Outcome wait_for_warp(Context& c) {
-  c.warp.wait = {Wait::For::kLanes, &c.cta, 0, c.warp.live};
-  return Outcome::kBlocked;
+// Whether the whole warp is here; the lanes wait for others that are elsewhere.
+bool whole_warp(Context& c) {
+  if (c.warp.live != kAllLanes) fail(c, "wgmma is executed by all lanes of a warp, and some have exited");
+  return converged(c);
 }
 
 template <class F>
@@ -178,7 +172,7 @@ Handler mma(const Decoder& d) {
   d.operands(count);
   const Source a = from_registers ? Source{} : d.source(1), b = d.source(2), p = d.source(3);
   return [form, a, b, p](Context& c) {
-    if (!converged(c)) return wait_for_warp(c);
+    if (!whole_warp(c)) return Outcome::kBlocked;
     const size_t first = c.warp.index / kWarps * kWarps;
     if (first + kWarps > c.cta.warps.size())
       fail(c, "wgmma is executed by a warpgroup, and the CTA has no warps " + std::to_string(c.cta.warps.size()) +
@@ -211,7 +205,7 @@ Handler wait_group(const Decoder& d) {
   if (operand.kind != Operand::Kind::kInteger || operand.integer < 0) d.unknown("number of groups");
   const auto pending = static_cast<size_t>(std::min<int64_t>(operand.integer, kMostPending));
   return [pending](Context& c) {
-    if (!converged(c)) return wait_for_warp(c);
+    if (!whole_warp(c)) return Outcome::kBlocked;
     WgmmaState& state = c.warp.wgmma;
     if (state.commits.size() <= pending) return Outcome::kNext;
     const uint64_t needed = state.commits[state.commits.size() - pending - 1];
@@ -229,7 +223,7 @@ Handler fence(const Decoder& d) {
   d.expect_done();
   d.operands(0);
   return [](Context& c) {
-    if (!converged(c)) return wait_for_warp(c);
+    if (!whole_warp(c)) return Outcome::kBlocked;
     WgmmaState& state = c.warp.wgmma;
     state.fences++;
     cover_registers(c.warp);
@@ -241,7 +235,7 @@ Handler commit_group(const Decoder& d) {
   d.expect_done();
   d.operands(0);
   return [](Context& c) {
-    if (!converged(c)) return wait_for_warp(c);
+    if (!whole_warp(c)) return Outcome::kBlocked;
     c.warp.wgmma.commits.push_back(c.warp.wgmma.issued);
     return Outcome::kNext;
   };
