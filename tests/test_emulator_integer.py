@@ -172,16 +172,17 @@ def carry_cases(kind: str) -> list[Case]:
     def total(value: int) -> tuple[int, int]:
         return value & mask, value >> bits & 1
 
+    # A subtraction adds the complement: it carries where it does not borrow, and takes a 0 for a borrow.
     def difference(value: int) -> tuple[int, int]:
-        return value & mask, int(value < 0)
+        return value & mask, int(value >= 0)
 
     return [
         carry_case(f"add.cc.{kind} %d, %a, %b;", kind, lambda a, b, c, _: total(a + b)),
         carry_case(f"{odd} addc.cc.{kind} %d, %a, %b;", kind, lambda a, b, c, _: total(a + b + c % 2)),
         carry_case(f"{odd} addc.{kind} %d, %a, %b;", kind, lambda a, b, c, _: (a + b + c % 2, c % 2)),
         carry_case(f"sub.cc.{kind} %d, %a, %b;", kind, lambda a, b, c, _: difference(a - b)),
-        carry_case(f"{odd} subc.cc.{kind} %d, %a, %b;", kind, lambda a, b, c, _: difference(a - b - c % 2)),
-        carry_case(f"{odd} subc.{kind} %d, %a, %b;", kind, lambda a, b, c, _: (a - b - c % 2, c % 2)),
+        carry_case(f"{odd} subc.cc.{kind} %d, %a, %b;", kind, lambda a, b, c, _: difference(a - b - 1 + c % 2)),
+        carry_case(f"{odd} subc.{kind} %d, %a, %b;", kind, lambda a, b, c, _: (a - b - 1 + c % 2, c % 2)),
         carry_case(f"mad.lo.cc.{kind} %d, %a, %b, %c;", kind, lambda a, b, c, _: total(part(a, b, False) + c)),
         carry_case(f"mad.hi.cc.{kind} %d, %a, %b, %c;", kind, lambda a, b, c, _: total(part(a, b, True) + c)),
         carry_case(
