@@ -53,7 +53,7 @@ void land(Context c, int lane, const std::shared_ptr<Flight>& flight, uint64_t s
   flight->arrivals.clear();
 }
 
-void issue(Context& c, int lane, const AsyncCopy& copy, const std::string& who) {
+void issue(Context& c, int lane, const AsyncCopy& copy, const Who& who) {
   const uint64_t source = copy.from.get(c, lane);
   uint64_t count = copy.bytes;
   if (copy.source_bytes) count = copy.source_bytes->get(c, lane) & 0xffffffff;

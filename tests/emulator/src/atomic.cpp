@@ -139,8 +139,9 @@ bool take_vector(const Decoder& d, Atomic& a, const std::set<std::string>& types
 
 // Compilers write these modifiers in many orders, and ptxas takes them. Whether a cache policy is given.
 bool take_modifiers(const Decoder& d, Atomic& a, bool reduction) {
-  static const std::set<std::string> kOperations = {"add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec"};
-  static const std::set<std::string> kTypes = {"b16", "b32", "b64", "u32", "u64",   "s32",  "s64",
+  static const std::set<std::string> kOperations = {"add", "min",  "max", "and", "or",
+                                                    "xor", "exch", "cas", "inc", "dec"};
+  static const std::set<std::string> kTypes = {"b16", "b32", "b64", "u32",  "u64",   "s32",   "s64",
                                                "f32", "f64", "f16", "bf16", "f16x2", "bf16x2"};
   bool semantics = false, scope = false, space = false, noftz = false, policy = false;
   while (!d.done()) {

@@ -9,7 +9,7 @@ namespace emulator {
 constexpr uint32_t kPatience = 16;
 static_assert(kSharedBase % 1024 == 0);  // the swizzle sees the same bits in offsets as in addresses
 
-void hold(Flight& flight, const Instruction& by, const std::string& who) {
+void hold(Flight& flight, const Instruction& by, const Who& who) {
   if (flight.bytes == 0) return;
   if (flight.source) hold_reads(*flight.source, flight.source_offset, flight.bytes, 1, &by, who);
   if (flight.target && flight.reduces)
@@ -67,7 +67,9 @@ uint32_t Bulk::shared_at(uint32_t begin, uint32_t piece) const {
   return linear ^ (linear >> 7 & mask) << 4;
 }
 
-Bulk bulk_of(const Context& c) { return {&c.machine, &c.cta, &c.grid.counters, &c.instruction, where(c), 0, 0, {}, nullptr, {}}; }
+Bulk bulk_of(const Context& c) {
+  return {&c.machine, &c.cta, &c.grid.counters, &c.instruction, where(c), 0, 0, {}, nullptr, {}};
+}
 
 std::vector<Destination> BulkOperands::destinations(Context& c, int lane, uint64_t bytes, uint32_t alignment) const {
   const auto data = static_cast<uint32_t>(shared.get(c, lane)), at = static_cast<uint32_t>(barrier.get(c, lane));
@@ -101,7 +103,7 @@ std::vector<Destination> BulkOperands::destinations(Context& c, int lane, uint64
 uint32_t BulkOperands::source(Context& c, int lane, uint64_t bytes, uint32_t alignment) const {
   const auto address = static_cast<uint32_t>(shared.get(c, lane));
   if (address % alignment) fail(c, "the shared address is no multiple of " + std::to_string(alignment));
-  const SharedPlace place = resolve_shared(c.cta, address, bytes, where(c));
+  const SharedPlace place = resolve_shared(c.cta, address, bytes, c);
   if (place.cta != &c.cta) fail(c, "a shared::cta address names another CTA");
   race_copy_out(c, lane, c.cta, place.offset, static_cast<uint32_t>(bytes));
   return place.offset;

@@ -158,7 +158,8 @@ Handler convert(const Decoder& d) {
     });
   }
   // A wider register gets the sign.
-  const uint64_t all = type_named(d.placed.function->registers[static_cast<size_t>(destination - d.placed.first_register)].type).mask();
+  const uint64_t all =
+      type_named(d.placed.function->registers[static_cast<size_t>(destination - d.placed.first_register)].type).mask();
   return assign(destination, [=](Context& context, int lane) {
     const uint64_t result = converted(c, a.get(context, lane));
     const bool negative = c.to.is_signed() && result >> (c.to.bits - 1) & 1;

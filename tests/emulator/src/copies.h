@@ -25,7 +25,7 @@ struct Flight {
   std::vector<std::shared_ptr<Arrival>> arrivals;  // cp.async: what waits for it
 };
 
-void hold(Flight& flight, const Instruction& by, const std::string& who);
+void hold(Flight& flight, const Instruction& by, const Who& who);
 void release(Flight& flight);
 
 // The part of a piece that lies inside of the tensor: its bytes [first, last), of which byte 0 would be at `address`.

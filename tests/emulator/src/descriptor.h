@@ -1,4 +1,5 @@
-// Matrix descriptors of wgmma: where each 16 bytes of an operand lie in shared memory. Their fields count such granules.
+// Matrix descriptors of wgmma: where each 16 bytes of an operand lie in shared memory. Their fields count such
+// granules.
 #pragma once
 #include <sstream>
 
@@ -14,7 +15,7 @@ struct Descriptor {
 };
 
 // Raises on what the PTX ISA rules out for an operand of so many rows of M or N, 16-bit ones where it is `transposed`.
-inline Descriptor parse_descriptor(uint64_t bits, int rows, bool transposed, const std::string& who) {
+inline Descriptor parse_descriptor(uint64_t bits, int rows, bool transposed, const Who& who) {
   const auto field = [&](int first) { return static_cast<uint32_t>(bits >> first & 0x3fff) * kGranule; };
   const int mode = static_cast<int>(bits >> 62);
   const Descriptor d{field(0), field(16), field(32), mode == 0 ? 1u : 1u << (4 - mode)};
@@ -47,7 +48,7 @@ inline Descriptor parse_descriptor(uint64_t bits, int rows, bool transposed, con
 // Calls f(row, byte, offset) for all 16-byte granules of an operand, in shared memory of `cta` at `offset`. K-major:
 // the granule is bytes `byte` to `byte` + 15 of the row. Transposed: it is 2 bytes at `byte` of 8 rows from `row` on.
 template <class F>
-void for_granules(const Cta& cta, uint64_t bits, int rows, bool transposed, const std::string& who, F&& f) {
+void for_granules(const Cta& cta, uint64_t bits, int rows, bool transposed, const Who& who, F&& f) {
   const Descriptor d = parse_descriptor(bits, rows, transposed, who);
   const bool swizzled = d.span > 1;
   const uint32_t line = d.span * kGranule;

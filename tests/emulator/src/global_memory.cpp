@@ -166,7 +166,7 @@ void copy_old(const GlobalMemory::Version& version, uint64_t address, void* valu
 
 uint64_t thread_key(uint32_t cta, uint32_t thread) { return static_cast<uint64_t>(cta) << 16 | thread; }
 
-[[noreturn]] void fail_unfenced(const GlobalMemory::Version& version, uint64_t address, const std::string& who) {
+[[noreturn]] void fail_unfenced(const GlobalMemory::Version& version, uint64_t address, const Who& who) {
   std::ostringstream text;
   text << who << ": the async proxy reads global memory at 0x" << std::hex << address << std::dec << ", which thread "
        << version.thread << " of CTA " << version.cta
@@ -176,7 +176,7 @@ uint64_t thread_key(uint32_t cta, uint32_t thread) { return static_cast<uint64_t
 
 }  // namespace
 
-uint8_t* GlobalMemory::find(uint64_t address, uint64_t bytes, bool write, const std::string& who) const {
+uint8_t* GlobalMemory::find(uint64_t address, uint64_t bytes, bool write, const Who& who) const {
   auto after = std::upper_bound(ranges.begin(), ranges.end(), address,
                                 [](uint64_t a, const MemoryRange& range) { return a < range.address; });
   const MemoryRange* nearest = after == ranges.begin() ? nullptr : &*std::prev(after);
@@ -319,8 +319,7 @@ void global_proxy_fence(Context& c) {
   for_lanes(c.mask, [&](int lane) { memory.proxy_fences[thread_key(c.cta.uid, thread_of(c, lane))] = memory.now; });
 }
 
-void async_read_global(Machine& machine, const Cta& cta, uint64_t address, void* out, uint32_t bytes,
-                       const std::string& who) {
+void async_read_global(Machine& machine, const Cta& cta, uint64_t address, void* out, uint32_t bytes, const Who& who) {
   const uint8_t* host = machine.memory.find(address, bytes, false, who);
   std::memcpy(out, host, bytes);
   for (uint64_t granule = address / kGranule; granule <= (address + bytes - 1) / kGranule; ++granule) {
@@ -335,7 +334,7 @@ void async_read_global(Machine& machine, const Cta& cta, uint64_t address, void*
 }
 
 void async_write_global(Machine& machine, const Cta& cta, uint64_t address, const void* in, uint32_t bytes,
-                        const std::string& who) {
+                        const Who& who) {
   machine.memory.find(address, bytes, true, who);
   const auto* from = static_cast<const uint8_t*>(in);
   for (uint32_t done = 0; done < bytes;) {

@@ -10,6 +10,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "who.h"
+
 namespace emulator {
 
 struct Cta;
@@ -72,7 +74,7 @@ struct GlobalMemory {
   uint64_t heap_used = 0;
 
   // Host memory of [address, address + bytes) in a registered range, or an Error that names the nearest one.
-  uint8_t* find(uint64_t address, uint64_t bytes, bool write, const std::string& who) const;
+  uint8_t* find(uint64_t address, uint64_t bytes, bool write, const Who& who) const;
   uint64_t allocate(uint64_t bytes);  // 0 where the heap is full
   bool free(uint64_t address);        // false for what is not from allocate
   uint64_t last_change(uint64_t address, uint64_t bytes) const;
@@ -89,10 +91,9 @@ void global_fence(Context& context, Order order);
 // fence.proxy.async that covers global memory.
 void global_proxy_fence(Context& context);
 // The async proxy.
-void async_read_global(Machine& machine, const Cta& cta, uint64_t address, void* out, uint32_t bytes,
-                       const std::string& who);
+void async_read_global(Machine& machine, const Cta& cta, uint64_t address, void* out, uint32_t bytes, const Who& who);
 void async_write_global(Machine& machine, const Cta& cta, uint64_t address, const void* in, uint32_t bytes,
-                        const std::string& who);
+                        const Who& who);
 
 // A barrier among `warps` of the CTA: what one of them knows, all know. `lanes` are those of a single warp.
 void barrier_tells(Cta& cta, uint32_t warps);

@@ -333,12 +333,13 @@ std::string where(const Context& context) {
   std::ostringstream text;
   const Instruction& at = context.instruction;
   text << context.grid.code->function->name << " line " << at.line;
-  if (at.source_line > 0)
-    text << " (" << source_name(context) << ":" << at.source_line << ")";
+  if (at.source_line > 0) text << " (" << source_name(context) << ":" << at.source_line << ")";
   text << ", CTA (" << context.cta.id[0] << ", " << context.cta.id[1] << ", " << context.cta.id[2] << ") warp "
        << context.warp.index << " lanes " << lanes_text(context.mask) << ": " << at.text;
   return text.str();
 }
+
+std::string Who::str() const { return (context_ ? where(*context_) : std::string(text_)) + part_; }
 
 void fail(const Context& context, const std::string& what) { throw Error(where(context) + ": " + what); }
 

@@ -173,7 +173,7 @@ struct Cta {
   uint32_t sends = 0;  // copies in flight from its shared memory into that of the cluster
   // Copies that have arrived, by the mbarrier of which a phase tells of them.
   std::unordered_map<uint32_t, std::vector<std::shared_ptr<Flight>>> landed;
-  bool releases_dependents = false;  // griddepcontrol.launch_dependents
+  bool releases_dependents = false;                               // griddepcontrol.launch_dependents
   int registers = 0, registers_free = 0;                          // of the CTA's pool, while setmaxnreg is in use
   std::map<int, std::vector<const Instruction*>> register_steps;  // setmaxnreg of each warpgroup
 };
@@ -228,7 +228,7 @@ std::string describe(const Wait& wait);
 std::string describe_mbarrier(const Cta& cta, uint32_t offset);
 
 // mbarrier: complete_tx by a copy that has written `bytes`; `from` is the CTA that issued it.
-void mbarrier_complete_tx(Machine& machine, Cta& cta, uint32_t offset, int64_t bytes, const std::string& who,
+void mbarrier_complete_tx(Machine& machine, Cta& cta, uint32_t offset, int64_t bytes, const Who& who,
                           const Cta* from = nullptr);
 // Raises where bytes announced to an mbarrier of the CTA have not come, or bytes came that nobody announced.
 void mbarriers_check_exit(const Context& context);
@@ -239,7 +239,7 @@ bool converged(Context& context);
 void threads_exited(Context& context);
 void cta_barriers_after_exit(Context& context);
 // mbarrier: `arrivals` more to come, or, negative, that have come.
-void mbarrier_add_pending(Machine& machine, Cta& cta, uint32_t offset, int64_t arrivals, const std::string& who);
+void mbarrier_add_pending(Machine& machine, Cta& cta, uint32_t offset, int64_t arrivals, const Who& who);
 // A phase of the mbarrier is complete: the copies that it tells of no longer hold their shared memory.
 void release_holds(Cta& cta, uint32_t barrier);
 
@@ -247,8 +247,12 @@ void release_holds(Cta& cta, uint32_t barrier);
 bool wgmma_advance(Machine& machine, Cta& cta, int first_warp);
 
 // Bytes of an activation of a function, in local memory and in what calls pass.
-inline uint32_t local_frame(const Function& function) { return static_cast<uint32_t>(function.local_bytes + 15) & ~15u; }
-inline uint32_t param_frame(const Function& function) { return static_cast<uint32_t>(function.param_bytes + 15) & ~15u; }
+inline uint32_t local_frame(const Function& function) {
+  return static_cast<uint32_t>(function.local_bytes + 15) & ~15u;
+}
+inline uint32_t param_frame(const Function& function) {
+  return static_cast<uint32_t>(function.param_bytes + 15) & ~15u;
+}
 
 template <class F>
 void for_lanes(uint32_t mask, F&& f) {

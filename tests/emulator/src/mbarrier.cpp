@@ -32,15 +32,15 @@ struct Barrier {
   Machine& machine;
   Cta& cta;
   uint32_t offset;
-  const std::string who;
+  const Who who;
   SharedMemory::Mbarrier* live;
   Counts counts;
 
-  Barrier(Machine& machine, Cta& cta, uint32_t offset, std::string who)
-      : machine(machine), cta(cta), offset(offset), who(std::move(who)), live(nullptr), counts{} {
+  Barrier(Machine& machine, Cta& cta, uint32_t offset, const Who& who)
+      : machine(machine), cta(cta), offset(offset), who(who), live(nullptr), counts{} {
     const auto found = cta.shared.mbarriers.find(offset);
     if (found == cta.shared.mbarriers.end())
-      throw Error(this->who + ": there is no initialised mbarrier at shared offset " + std::to_string(offset));
+      throw Error(who + ": there is no initialised mbarrier at shared offset " + std::to_string(offset));
     live = &found->second;
     counts = load_counts(cta, offset);
   }
@@ -173,7 +173,7 @@ Handler invalidate(const Decoder& d) {
   return [q, address = address_of(d, d.operand(0))](Context& c) {
     for_lanes(c.mask, [&](int lane) {
       const Place place = place_of(c, lane, address, q.where);
-      Barrier barrier(c.machine, *place.cta, place.offset, where(c));
+      Barrier barrier(c.machine, *place.cta, place.offset, c);
       SharedMemory& shared = place.cta->shared;
       shared.holds[place.offset / kHold].mbarriers &= static_cast<uint8_t>(~half_of(place.offset));
       std::fill_n(shared.defined.begin() + place.offset, 8, static_cast<uint8_t>(0));
@@ -199,7 +199,7 @@ Handler arrive(const Decoder& d, bool drop) {
     std::array<uint64_t, kLanes> tokens;
     for_shuffled(c, [&](int lane) {
       const Place place = place_of(c, lane, address, q.where);
-      Barrier barrier(c.machine, *place.cta, place.offset, where(c));
+      Barrier barrier(c.machine, *place.cta, place.offset, c);
       barrier.check_init_seen_by(c.cta);
       race_use_mbarrier(c, lane, *place.cta, place.offset);
       if (q.order.release) race_arrive(c, 1u << lane, place.cta->races.mbarriers[place.offset]);
@@ -223,7 +223,7 @@ Handler transact(const Decoder& d, int64_t sign) {
   return [=, address = address_of(d, d.operand(0)), amount = d.source(1)](Context& c) {
     for_shuffled(c, [&](int lane) {
       const Place place = place_of(c, lane, address, q.where);
-      Barrier barrier(c.machine, *place.cta, place.offset, where(c));
+      Barrier barrier(c.machine, *place.cta, place.offset, c);
       barrier.check_init_seen_by(c.cta);
       race_use_mbarrier(c, lane, *place.cta, place.offset);
       barrier.announce(sign * bytes_of_operand(c, lane, amount));
@@ -259,14 +259,13 @@ Handler wait(const Decoder& d, bool tries) {
     Wait waits;
     for_lanes(c.mask, [&](int lane) {
       const Place place = place_of(c, lane, address, q.where);
-      const Barrier barrier(c.machine, *place.cta, place.offset, where(c));
+      const Barrier barrier(c.machine, *place.cta, place.offset, c);
       race_use_mbarrier(c, lane, *place.cta, place.offset);
       const uint64_t value = parity ? phase.get(c, lane) & 0xffffffff : phase.get(c, lane);
       if (is_over(c, barrier, parity, value)) {
         over |= 1u << lane;
         if (!spurious && q.order.acquire) race_leave(c, 1u << lane, place.cta->races.mbarriers[place.offset]);
-      } else
-      {
+      } else {
         waits = {Wait::For::kMbarrier, place.cta, place.offset, parity ? value & 1 : barrier.counts.phase};
       }
     });
@@ -295,15 +294,14 @@ Handler pending_count(const Decoder& d) {
 
 }  // namespace
 
-void mbarrier_complete_tx(Machine& machine, Cta& cta, uint32_t offset, int64_t bytes, const std::string& who,
-                          const Cta* from) {
+void mbarrier_complete_tx(Machine& machine, Cta& cta, uint32_t offset, int64_t bytes, const Who& who, const Cta* from) {
   Barrier barrier(machine, cta, offset, who);
   if (from != nullptr) barrier.check_init_seen_by(*from);
   barrier.announce(-bytes);
   barrier.store();
 }
 
-void mbarrier_add_pending(Machine& machine, Cta& cta, uint32_t offset, int64_t arrivals, const std::string& who) {
+void mbarrier_add_pending(Machine& machine, Cta& cta, uint32_t offset, int64_t arrivals, const Who& who) {
   Barrier barrier(machine, cta, offset, who);
   if (arrivals < 0) {
     barrier.arrive(-arrivals);

@@ -39,7 +39,7 @@ Place locate(Context& c, int lane, std::optional<Space> space, uint64_t address,
   }
   switch (*space) {
     case Space::kShared: {
-      const SharedPlace at = resolve_shared(c.cta, static_cast<uint32_t>(address), bytes, where(c));
+      const SharedPlace at = resolve_shared(c.cta, static_cast<uint32_t>(address), bytes, c);
       return {Space::kShared, nullptr, at.cta, at.offset};
     }
     case Space::kLocal: {
@@ -50,7 +50,7 @@ Place locate(Context& c, int lane, std::optional<Space> space, uint64_t address,
     case Space::kParam:
       return locate_param(c, lane, address, bytes, write);
     default:
-      return {Space::kGlobal, c.machine.memory.find(address, bytes, write, where(c)), nullptr, 0, address};
+      return {Space::kGlobal, c.machine.memory.find(address, bytes, write, c), nullptr, 0, address};
   }
 }
 

@@ -39,7 +39,7 @@ struct Variable {
   bool is_extern;
   std::vector<uint8_t> initial;         // of the first bytes; of .global and .const the others are zero
   std::vector<Relocation> relocations;  // written over `initial`
-  uint64_t address = 0;     // of .global and .const, once the machine has placed them
+  uint64_t address = 0;                 // of .global and .const, once the machine has placed them
   int register_index = -1;  // of a parameter in state space .reg: the callee's register it comes in or out by
 };
 

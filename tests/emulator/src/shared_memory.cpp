@@ -26,8 +26,7 @@ void for_holds(SharedMemory& shared, uint32_t offset, uint32_t bytes, F f) {
 }
 
 // Raises where bytes from `offset` on belong to an mbarrier that is in use.
-void check_mbarriers(const SharedMemory& shared, uint32_t hold, uint32_t offset, uint32_t bytes,
-                     const std::string& who) {
+void check_mbarriers(const SharedMemory& shared, uint32_t hold, uint32_t offset, uint32_t bytes, const Who& who) {
   for (uint32_t half = 0; half < 2; ++half) {
     const uint32_t at = hold * kHold + half * 8;
     if ((shared.holds[hold].mbarriers >> half & 1) && offset < at + 8 && at < offset + bytes)
@@ -43,16 +42,17 @@ void check_generic(const Context& c, Cta& cta, uint32_t offset, uint32_t bytes, 
       fail(c, "shared memory in which a copy in flight still writes" + in_flight(hold));
     if (write && hold.reads)
       fail(c, "store to shared memory that is still being read asynchronously" + in_flight(hold));
-    if (write && hold.mbarriers) check_mbarriers(cta.shared, static_cast<uint32_t>(&hold - cta.shared.holds.data()), offset, bytes, where(c));
+    if (write && hold.mbarriers)
+      check_mbarriers(cta.shared, static_cast<uint32_t>(&hold - cta.shared.holds.data()), offset, bytes, c);
   });
 }
 
-void check_not_written(const SharedMemory::Hold& hold, uint16_t mask, const std::string& who) {
+void check_not_written(const SharedMemory::Hold& hold, uint16_t mask, const Who& who) {
   if ((hold.writes & mask) || hold.reductions)
     throw Error(who + ": it reads shared memory in which a copy in flight still writes" + in_flight(hold));
 }
 
-void check_not_read(const SharedMemory::Hold& hold, const std::string& who) {
+void check_not_read(const SharedMemory::Hold& hold, const Who& who) {
   if (hold.reads)
     throw Error(who + ": it overwrites shared memory that is still being read asynchronously" + in_flight(hold));
 }
@@ -71,7 +71,7 @@ void SharedMemory::allocate(uint64_t size, size_t warps) {
   written.assign(warps, {});
 }
 
-SharedPlace resolve_shared(const Cta& from, uint32_t address, uint64_t bytes, const std::string& who) {
+SharedPlace resolve_shared(const Cta& from, uint32_t address, uint64_t bytes, const Who& who) {
   const uint32_t rank = address >> kRankShift;
   std::ostringstream text;
   if (rank >= from.cluster.size()) {
@@ -90,7 +90,7 @@ SharedPlace resolve_shared(const Cta& from, uint32_t address, uint64_t bytes, co
   return {&cta, static_cast<uint32_t>(within - kSharedBase)};
 }
 
-uint32_t shared_offset(const Cta& cta, uint32_t address, uint64_t bytes, const std::string& who) {
+uint32_t shared_offset(const Cta& cta, uint32_t address, uint64_t bytes, const Who& who) {
   return resolve_shared(cta, (address & kOffsetMask) | cta.cluster_rank << kRankShift, bytes, who).offset;
 }
 
@@ -137,9 +137,7 @@ void shared_fence(Cta& cta, int warp, uint32_t lanes) {
         if (lane < kLanes && (told || (lanes >> lane & 1))) shared.unfenced[i] = 0;
       }
     }
-    std::erase_if(ranges, [&](const auto& range) {
-      return lanes == kAllLanes && (own || (range.known >> warp & 1));
-    });
+    std::erase_if(ranges, [&](const auto& range) { return lanes == kAllLanes && (own || (range.known >> warp & 1)); });
   }
 }
 
@@ -150,7 +148,7 @@ void shared_tells(SharedMemory& shared, uint32_t from, uint32_t to) {
   }
 }
 
-void check_async_read(const Cta& cta, uint32_t offset, uint32_t bytes, const std::string& who) {
+void check_async_read(const Cta& cta, uint32_t offset, uint32_t bytes, const Who& who) {
   const SharedMemory& shared = cta.shared;
   for (uint32_t i = offset; i < offset + bytes; ++i) {
     if (shared.unfenced[i])
@@ -161,7 +159,7 @@ void check_async_read(const Cta& cta, uint32_t offset, uint32_t bytes, const std
   }
 }
 
-void async_read_shared(const Cta& cta, uint32_t offset, void* out, uint32_t bytes, const std::string& who) {
+void async_read_shared(const Cta& cta, uint32_t offset, void* out, uint32_t bytes, const Who& who) {
   check_async_read(cta, offset, bytes, who);
   std::memcpy(out, cta.shared.bytes.data() + offset, bytes);
 }
@@ -173,14 +171,14 @@ void async_write_shared(Cta& cta, uint32_t offset, const void* in, uint32_t byte
   std::fill_n(shared.unfenced.begin() + offset, bytes, static_cast<uint16_t>(0));
 }
 
-void hold_reads(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const std::string& who) {
+void hold_reads(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const Who& who) {
   for_holds(cta.shared, offset, bytes, [&](SharedMemory::Hold& hold, uint16_t mask) {
     if (delta > 0) check_not_written(hold, mask, who), hold.by = by;
     hold.reads = static_cast<uint16_t>(hold.reads + delta);
   });
 }
 
-void hold_writes(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const std::string& who) {
+void hold_writes(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const Who& who) {
   for_holds(cta.shared, offset, bytes, [&](SharedMemory::Hold& hold, uint16_t mask) {
     if (delta < 0) {
       hold.writes &= static_cast<uint16_t>(~mask);
@@ -194,14 +192,14 @@ void hold_writes(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Ins
   count_writes(cta.shared, delta);
 }
 
-void hold_reductions(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by,
-                     const std::string& who) {
+void hold_reductions(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const Who& who) {
   for_holds(cta.shared, offset, bytes, [&](SharedMemory::Hold& hold, uint16_t mask) {
     if (delta > 0) {
       check_not_read(hold, who);
       if (hold.writes & mask)
         throw Error(who + ": two copies in flight write the same shared memory" + in_flight(hold));
-      if (hold.mbarriers) check_mbarriers(cta.shared, static_cast<uint32_t>(&hold - cta.shared.holds.data()), offset, bytes, who);
+      if (hold.mbarriers)
+        check_mbarriers(cta.shared, static_cast<uint32_t>(&hold - cta.shared.holds.data()), offset, bytes, who);
       hold.by = by;
     }
     hold.reductions = static_cast<uint16_t>(hold.reductions + delta);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ptx.h"
+#include "who.h"
 
 namespace emulator {
 
@@ -54,9 +55,9 @@ struct SharedPlace {
   Cta* cta;
   uint32_t offset;
 };
-SharedPlace resolve_shared(const Cta& from, uint32_t address, uint64_t bytes, const std::string& who);
+SharedPlace resolve_shared(const Cta& from, uint32_t address, uint64_t bytes, const Who& who);
 // As above, where only the own CTA is legal.
-uint32_t shared_offset(const Cta& cta, uint32_t address, uint64_t bytes, const std::string& who);
+uint32_t shared_offset(const Cta& cta, uint32_t address, uint64_t bytes, const Who& who);
 
 // The generic proxy: hazards with asynchronous work in flight raise, and races. A read says whether all bytes are
 // defined.
@@ -76,13 +77,12 @@ void mbarriers_released(SharedMemory& shared, int warp);
 void release_holds(Cta& cta, uint32_t mbarrier);
 
 // The async proxy: reads find what is defined and fenced, or raise.
-void check_async_read(const Cta& cta, uint32_t offset, uint32_t bytes, const std::string& who);
-void async_read_shared(const Cta& cta, uint32_t offset, void* out, uint32_t bytes, const std::string& who);
+void check_async_read(const Cta& cta, uint32_t offset, uint32_t bytes, const Who& who);
+void async_read_shared(const Cta& cta, uint32_t offset, void* out, uint32_t bytes, const Who& who);
 void async_write_shared(Cta& cta, uint32_t offset, const void* in, uint32_t bytes);
 // Work in flight: +1 at issue, -1 once it is known to be over. What it collides with raises at issue.
-void hold_reads(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const std::string& who);
-void hold_writes(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const std::string& who);
-void hold_reductions(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by,
-                     const std::string& who);
+void hold_reads(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const Who& who);
+void hold_writes(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const Who& who);
+void hold_reductions(Cta& cta, uint32_t offset, uint32_t bytes, int delta, const Instruction* by, const Who& who);
 
 }  // namespace emulator

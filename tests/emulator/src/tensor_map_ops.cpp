@@ -13,7 +13,7 @@ bool is_global(uint64_t address) {
 
 const uint8_t* find_tensor_map(Context& c, uint64_t address) {
   if (address % kMapAlignment) fail(c, "a tensor map lies at a multiple of 64 bytes");
-  if (is_global(address)) return c.machine.memory.find(address, kMapBytes, false, where(c));
+  if (is_global(address)) return c.machine.memory.find(address, kMapBytes, false, c);
   const uint64_t offset = address & ~kWindowMask;
   const auto& parameters = c.grid.parameters;
   if ((address & kWindowMask) != kParamWindow)

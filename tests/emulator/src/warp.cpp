@@ -72,11 +72,10 @@ Handler collective(Collective what, F combine) {
 Handler warp_sync(const Decoder& d) {
   d.expect_done();
   d.operands(1);
-  return collective({{}, d.source(0)},
-                    [](Context& c, Post*, uint32_t present) {
-                      warp_tells(c.cta, c.warp.index, present);
-                      race_warp_sync(c, present);
-                    });
+  return collective({{}, d.source(0)}, [](Context& c, Post*, uint32_t present) {
+    warp_tells(c.cta, c.warp.index, present);
+    race_warp_sync(c, present);
+  });
 }
 
 enum class Shuffle : uint8_t { kUp, kDown, kButterfly, kIndex };

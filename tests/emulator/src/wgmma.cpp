@@ -26,11 +26,11 @@ bool whole_warp(Context& c) {
 }
 
 template <class F>
-void for_shared_operands(const Cta& cta, const WgmmaIssue& issue, const std::string& who, F&& f) {
+void for_shared_operands(const Cta& cta, const WgmmaIssue& issue, const Who& who, F&& f) {
   const WgmmaForm& form = *issue.form;
   const auto visit = [&](int, int, uint32_t offset) { f(offset); };
-  if (form.fragments.empty()) for_granules(cta, issue.a, kRows, form.a_transposed, who + " A", visit);
-  for_granules(cta, issue.b, form.n, form.b_transposed, who + " B", visit);
+  if (form.fragments.empty()) for_granules(cta, issue.a, kRows, form.a_transposed, who.with(" A"), visit);
+  for_granules(cta, issue.b, form.n, form.b_transposed, who.with(" B"), visit);
 }
 
 int shape_of(const WgmmaForm& form) {
@@ -86,7 +86,7 @@ void claim(const Context& c, const WgmmaForm& form) {
 void retire(const Context& c) {
   WgmmaState& state = c.warp.wgmma;
   const WgmmaIssue& issue = state.issues.front();
-  for_shared_operands(c.cta, issue, where(c), [&](uint32_t offset) { hold_reads(c.cta, offset, kGranule, -1, nullptr, ""); });
+  for_shared_operands(c.cta, issue, c, [&](uint32_t offset) { hold_reads(c.cta, offset, kGranule, -1, nullptr, ""); });
   for (int index : issue.form->fragments) state.registers[index].reading--;
   for (int index : issue.form->accumulators) {
     if (--state.registers[index].accumulating > 0) continue;
@@ -186,7 +186,7 @@ Handler mma(const Decoder& d) {
     check_defined(c, form->fragments);
     claim(c, *form);
     for (int index : form->accumulators) c.warp.defined[index] = kAllLanes;
-    const std::string who = where(c);
+    const Who who(c);
     for_shared_operands(c.cta, issue, who, [&](uint32_t offset) {
       hold_reads(c.cta, offset, kGranule, 1, &c.instruction, who);
       check_async_read(c.cta, offset, kGranule, who);
@@ -242,7 +242,7 @@ Handler commit_group(const Decoder& d) {
 }
 
 // A matrix of `rows` rows contiguous in K, from shared memory.
-std::vector<uint8_t> gather(const Cta& cta, uint64_t descriptor, int rows, bool transposed, const std::string& who) {
+std::vector<uint8_t> gather(const Cta& cta, uint64_t descriptor, int rows, bool transposed, const Who& who) {
   std::vector<uint8_t> out(static_cast<size_t>(rows) * kOperandRowBytes);
   for_granules(cta, descriptor, rows, transposed, who, [&](int row, int byte, uint32_t offset) {
     uint8_t from[kGranule];
