@@ -135,9 +135,7 @@ class Emulator:
         tile_n, cluster: None is what the planner selects.
     """
 
-    def __init__(
-        self, num_sms: int = 3, seed: int = 0, tile_n: int | None = None, cluster: int | None = None
-    ) -> None:
+    def __init__(self, num_sms: int = 3, seed: int = 0, tile_n: int | None = None, cluster: int | None = None) -> None:
         import emulator
 
         self._num_sms, self._tile_n, self._cluster = num_sms, tile_n, cluster

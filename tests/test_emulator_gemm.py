@@ -243,9 +243,9 @@ def test_a_plan_beyond_its_tensors_is_an_error() -> None:
 @pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=str)
 @pytest.mark.parametrize("b_block", B_BLOCKS, ids=str)
 def test_ten_seeds(b_block: Block, out_dtype: torch.dtype, seed: int) -> None:
-    for tile_n in TILE_NS:
+    for tile in TILES:
         a, b = operands(200, 136, 1168, b_block, seed=seed)
-        on = Emulator(num_sms=1 + seed % 4, seed=seed, tile_n=tile_n)
+        on = Emulator(2 + seed % 4, seed, *tile)
         check(a, b, out_dtype, addend(C_KINDS[seed % 4], 200, 136), on)
 
 

@@ -1,8 +1,7 @@
 """The GEMM kernel broken on purpose: what is taken out of its PTX here must show on the emulator.
 
-That is what lets the tests of the whole kernel say anything about its barriers and fences. Two are not in the list,
-because the emulator does not model what they order yet: fence.mbarrier_init, and the bar.warp.sync before a stage is
-freed.
+That is what lets the tests of the whole kernel say anything about its barriers and fences. fence.mbarrier_init alone is
+not in the list: the barriers behind it, of the CTA or with .release of the cluster, order the initialisation as well.
 """
 
 from __future__ import annotations
@@ -22,9 +21,11 @@ pytestmark = backend_params(["emulator"])[0].marks
 
 MODULE = "gemm_row_bf16"
 SEEDS = range(4)
+ALONE, PAIR = (64, 1), (128, 2)  # columns of a tile, and CTAs of a cluster
 
 # What is broken: (pattern, replacement, words of the report). None for words: any report will do, or wrong bits.
-BROKEN = {
+Broken = tuple[str, str, str | None]
+BROKEN: dict[str, Broken] = {
     "no proxy fence before the TMA store": (r"fence\.proxy\.async\.shared::cta;", "", "without a fence.proxy.async"),
     "no barrier between writers and the TMA store": (r"bar\.sync %r\d+, %r\d+;", "", "race"),
     "no wait before the staging is written again": (r"cp\.async\.bulk\.wait_group\.read 0;", "", "still being read"),
@@ -47,18 +48,34 @@ BROKEN = {
     "swizzle of the staging forgotten": (r"xor\.b32 (\s*%r\d+, %r\d+), %r\d+;", r"or.b32 \1, 0;", None),
     "store without a committed group": (r"cp\.async\.bulk\.commit_group;", "", "still being read"),
     "no wgmma.fence": (r"wgmma\.fence\.sync\.aligned;", "", "no wgmma.fence"),
+    "a stage is freed before all lanes have read it": (r"bar\.warp\.sync\s+-1;", "", "race"),
 }
+_MEETING = r"barrier\.cluster\.arrive\.release;(.*?)barrier\.cluster\.wait\.acquire;"
+BROKEN_PAIRS: dict[str, Broken] = {
+    "CTAs begin without each other": (rf"(?s){_MEETING}(.*?{_MEETING})", r"\1\2", None),
+    "a CTA ends while its peer needs it": (rf"(?s)({_MEETING}.*?){_MEETING}", r"\1\3", "exited"),
+    "the start does not release": (
+        r"(?s)fence\.mbarrier_init\.release\.cluster;((?:(?!fence\.mbarrier_init).)*?)barrier\.cluster\.arrive\.release;",
+        r"\1barrier.cluster.arrive.relaxed;",
+        "race",
+    ),
+    "a stage is freed here only": (r"mapa\.shared::cluster\.u32 (\S+), (\S+), \S+;", r"mov.u32 \1, \2;", None),
+    "multicast without the peer": (r"mov\.u16 (\s*%rs\d+), 3;", r"mov.u16 \1, 1;", "hangs"),
+    "the empty barriers count one CTA": (r"mov\.u32 (\s*%r\d+), 16;", r"mov.u32 \1, 8;", None),
+}
+CASES = [pytest.param(ALONE, *x, id=name) for name, x in BROKEN.items()]
+CASES += [pytest.param(PAIR, *x, id=name) for name, x in BROKEN_PAIRS.items()]
 
 
-def run(text: str | None, seed: int) -> torch.Tensor:
-    """200x264x1040 in tiles of 64 columns on two CTAs: more k-blocks than stages, several tiles a CTA."""
+def run(text: str | None, seed: int, tile: tuple[int, int]) -> torch.Tensor:
+    """200x264x1040 on two CTAs: more k-blocks than stages, several tiles a CTA."""
     from emulator import Machine, run_plan
 
     generator = torch.Generator().manual_seed(0)
     a = fastfp8.quantize(torch.randn(200, 1040, generator=generator))
     b = fastfp8.quantize(torch.randn(264, 1040, generator=generator), (1, 128))
     problem = Emulator(num_sms=2)._problem(a, b, torch.bfloat16, None)
-    config = next(config for config, _ in _C.gemm_candidates(problem) if config.tile_n == 64)
+    config = next(c for c, _ in _C.gemm_candidates(problem) if (c.tile_n, c.cluster) == tile)
     out = torch.full((200, 264), float("nan"), dtype=torch.bfloat16)
     tensors = {"a": a.data, "a_scale": a.scale, "b": b.data, "b_scale": b.scale, "out": out}
     run_plan(_C.gemm_plan(problem, config), tensors, Machine(seed), text)
@@ -70,22 +87,22 @@ def run(text: str | None, seed: int) -> torch.Tensor:
 _cache: dict[str, torch.Tensor] = {}
 
 
-def test_the_kernel_as_it_is() -> None:
+@pytest.mark.parametrize("tile", [ALONE, PAIR], ids=str)
+def test_the_kernel_as_it_is(tile: tuple[int, int]) -> None:
     for seed in SEEDS:
-        assert torch.equal(run(None, seed), _cache["expected"])
+        assert torch.equal(run(None, seed, tile), _cache["expected"])
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_what_is_broken_shows(name: str) -> None:
+@pytest.mark.parametrize(("tile", "pattern", "replacement", "words"), CASES)
+def test_what_is_broken_shows(tile: tuple[int, int], pattern: str, replacement: str, words: str | None) -> None:
     from emulator import EmulationError
 
-    pattern, replacement, words = BROKEN[name]
     text, count = re.subn(pattern, replacement, (KERNELS / f"{MODULE}.ptx").read_text())
     assert count > 0, "the pattern is not in the PTX: nothing was broken"
     found = []
     for seed in SEEDS:
         try:
-            out = run(text, seed)
+            out = run(text, seed, tile)
         except EmulationError as error:
             found.append(str(error))
             if words is None or words in str(error):

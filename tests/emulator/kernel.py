@@ -152,8 +152,8 @@ class Kernel:
                 TensorMap, or the bytes of a structure.
             device: which runs it.
             memory: further tensors that the kernel may touch, as through an address within another one.
-            programmatic: may start when all CTAs of the launch before it on the device have executed
-                griddepcontrol.launch_dependents, and has to execute griddepcontrol.wait (programmatic dependent launch).
+            programmatic: a programmatic dependent launch: may start when all CTAs of the launch before it on the
+                device have executed griddepcontrol.launch_dependents, and waits by griddepcontrol.wait.
 
         Raises:
             TypeError, EmulationError: an argument is not what the kernel takes, or the launch is beyond sm_90's limits.

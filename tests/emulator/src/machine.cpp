@@ -11,6 +11,10 @@ namespace {
 // CTAs of a cluster start together; clusters in order of their index, as many as may be resident.
 constexpr uint32_t kResident = 16, kMostResident = 132;
 // Instructions without an event after which the machine looks for a deadlock, and after which it gives up.
+// How seldom a CTA or warp changes its pace, and how much slower the slow ones are.
+constexpr uint32_t kMood = 512, kSlowness = 64;
+// Instructions that a turn of a warp has at most, and about as many as it takes.
+constexpr uint32_t kBurst = 24;
 constexpr uint64_t kSuspect = 50'000, kMostIdle = 400'000'000;
 
 void start_cta(Machine& machine, Grid& grid, Cta& cta) {
@@ -233,6 +237,12 @@ void check_deadlock(Machine& machine) {
   if (stuck) throw Error(report(machine, "a deadlock: no warp can go on, and nothing is in flight"));
 }
 
+// Some CTAs and warps fall far behind the others for a while: few bugs show among equals.
+bool sits_out(Machine& machine, bool& slow) {
+  if (machine.below(kMood) == 0) slow = machine.below(3) == 0;
+  return slow && machine.below(kSlowness) != 0;
+}
+
 // Whether the cluster of the CTA is over; it then leaves.
 bool retire(Machine& machine, Grid& grid, Cta& cta) {
   // A CTA of a cluster stays until all are done: peers may still reach into its shared memory.
@@ -248,6 +258,19 @@ bool retire(Machine& machine, Grid& grid, Cta& cta) {
   }
   machine.events++;
   return true;
+}
+
+void take_turn(Machine& machine, Grid& grid, Cta& cta) {
+  if (sits_out(machine, cta.slow)) return advance_async(machine, cta);
+  if (retire(machine, grid, cta)) return;
+  Warp& warp = cta.warps[machine.below(static_cast<uint32_t>(cta.warps.size()))];
+  if (warp.sleep > 0) {
+    warp.sleep--;
+  } else if (!sits_out(machine, warp.slow)) {
+    const uint32_t burst = 1 + machine.below(kBurst);
+    for (uint32_t i = 0; i < burst && warp.live && warp.sleep == 0; ++i) step(machine, grid, cta, warp);
+  }
+  advance_async(machine, cta);
 }
 
 }  // namespace
@@ -282,18 +305,8 @@ void Machine::run() {
     }
     if (grid == nullptr) break;
     auto it = std::next(grid->ctas.begin(), below(static_cast<uint32_t>(grid->ctas.size())));
-    Cta& cta = **it;
-    if (!retire(*this, *grid, cta)) {
-      Warp& warp = cta.warps[below(static_cast<uint32_t>(cta.warps.size()))];
-      const uint32_t burst = 1 + below(24);
-      if (warp.sleep > 0) {
-        warp.sleep--;
-      } else {
-        for (uint32_t i = 0; i < burst && warp.live && warp.sleep == 0; ++i) step(*this, *grid, cta, warp);
-      }
-      since += burst;
-      advance_async(*this, cta);
-    }
+    take_turn(*this, *grid, **it);
+    since += kBurst / 2;
     if (events != seen) {
       seen = events, since = 0;
       if (suspicious) suspect(*this, false);
