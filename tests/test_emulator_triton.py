@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
-from backends import assert_same_bits, backend, backend_params
+from backends import Emulator, assert_same_bits, backend, backend_params
 
-from fastfp8.layout import BLOCKS, Block
+from fastfp8.layout import BLOCK, BLOCKS, Block
+from fastfp8.reference import tensor_core
 
 if backend_params(["triton_interpreter"])[0].marks[-1].args[0]:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -55,3 +58,22 @@ def test_dequantize(dtype: torch.dtype, block: Block, shape: tuple[int, int]) ->
     t = backend("reference").quantize(values(*shape, torch.float32), block)
     got, expected = (backend(name).dequantize(t, dtype) for name in ("emulator", "reference"))
     assert_same_bits(got, expected, "values")
+
+
+@pytest.mark.parametrize("shape", [(5, 40, 144), (64, 72, 272), (130, 136, 400)], ids=str)
+@pytest.mark.parametrize("b_block", [(BLOCK, BLOCK), (1, BLOCK)], ids=str)
+def test_gemm(b_block: Block, shape: tuple[int, int, int]) -> None:
+    """wgmma fed by cp.async, in both of the kernel's tiles: the bits of the tensor core's model, as in CUDA C++."""
+    from fastfp8.triton_kernels import gemm as module
+
+    m, n, k = shape
+    generator = torch.Generator().manual_seed(m)
+    a = backend("reference").quantize(torch.randn(m, k, generator=generator))
+    b = backend("reference").quantize(torch.randn(n, k, generator=generator), b_block)
+    blocked = b_block[0] == BLOCK
+    dtype, c = (torch.bfloat16, None) if blocked else (torch.float32, torch.randn(m, n, generator=generator))
+    given = (a.data, a.scale, b.data, b.scale, b_block, dtype, c)
+    expected = tensor_core.gemm(*given)
+    for seed in range(2):
+        got = Emulator(seed=seed)._run_triton(module, "gemm_kernel", functools.partial(module.gemm, *given))
+        assert_same_bits(got, expected, "product")
