@@ -1,37 +1,37 @@
-"""A GPU with the interface of ``emulator.Machine``, so that one test body runs a PTX text on both and compares.
+"""A Hopper GPU with the interface of ``emulator.Machine``, so that one test body runs a PTX text on both.
 
-It talks to libcuda in torch's context. Tensor maps, several devices and concurrent launches are not offered.
+The emulator checks modules and arguments first. Tensor maps, several devices and concurrent launches are not offered.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
+if TYPE_CHECKING:
+    import emulator
 
-_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-
-
-def unusable_reason() -> str | None:
-    """None where there is a Hopper GPU."""
-    if not torch.cuda.is_available():
-        return "torch sees no NVIDIA GPU"
-    if torch.cuda.get_device_capability()[0] != 9:
-        return "the GPU is no sm_90"
-    return None
+# Of cuda.h: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+# CU_JIT_ERROR_LOG_BUFFER and its _SIZE_BYTES, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR.
+MAX_DYNAMIC_SHARED = 8
+CLUSTER_DIMENSION = 4
+ERROR_LOG = (5, 6)
+CAPABILITY = (75, 76)
+DEVICE = 0
+_LOG_BYTES = 4096
 
 
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute with the cluster's extents as its value."""
+class Attribute(ctypes.Structure):
+    """CUlaunchAttribute with the cluster's extents as its value, a union of 64 bytes."""
 
     _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("extents", ctypes.c_uint * 16))
 
 
-class _Config(ctypes.Structure):
+class Config(ctypes.Structure):
     """CUlaunchConfig."""
 
     _fields_ = (
@@ -39,26 +39,72 @@ class _Config(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("shared_bytes", ctypes.c_uint),
         ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attributes", ctypes.POINTER(Attribute)),
         ("attribute_count", ctypes.c_uint),
     )
 
 
-def _check(status: int, what: str) -> None:
-    if status:
-        raise RuntimeError(f"{what} failed with CUresult {status}")
+class Gpu:
+    """One device, for what one launch at a time needs."""
+
+    def __init__(self, library: str = "libcuda.so.1") -> None:
+        """Raises OSError without a driver, and RuntimeError without a device."""
+        self.driver = ctypes.CDLL(library)
+        self._device = ctypes.c_int()
+        self.call("cuInit", 0)
+        self.call("cuDeviceGet", ctypes.byref(self._device), DEVICE)
+
+    def call(self, function: str, *arguments: Any) -> None:
+        status = self.driver[function](*arguments)
+        if status:
+            raise RuntimeError(f"{function} failed with CUresult {status}")
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        values = (ctypes.c_int(), ctypes.c_int())
+        for value, attribute in zip(values, CAPABILITY, strict=True):
+            self.call("cuDeviceGetAttribute", ctypes.byref(value), attribute, self._device)
+        return values[0].value, values[1].value
+
+    @functools.cached_property
+    def _context(self) -> ctypes.c_void_p:
+        """The one that torch uses."""
+        context = ctypes.c_void_p()
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._device)
+        return context
+
+    def load(self, ptx: str) -> dict[str, Kernel]:
+        """The kernels of a PTX module by their names."""
+        from emulator import Machine
+
+        checked = Machine().load(ptx)
+        self.call("cuCtxSetCurrent", self._context)
+        module = _Module(self, ptx)
+        return {name: Kernel(self, module, kernel) for name, kernel in checked.items()}
 
 
-def _triple(extents: Sequence[int] | int) -> tuple[int, ...]:
-    given = (extents,) if isinstance(extents, int) else tuple(extents)
-    return given + (1,) * (3 - len(given))
+class _Module:
+    """Unloaded when none of its kernels is left."""
+
+    def __init__(self, gpu: Gpu, ptx: str) -> None:
+        self.handle = ctypes.c_void_p()
+        log = ctypes.create_string_buffer(_LOG_BYTES)
+        options = (ctypes.c_int * 2)(*ERROR_LOG)
+        values = (ctypes.c_void_p * 2)(ctypes.addressof(log), _LOG_BYTES)
+        try:
+            gpu.call("cuModuleLoadDataEx", ctypes.byref(self.handle), ptx.encode(), 2, options, values)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}: {log.value.decode(errors='replace')}") from error
+        weakref.finalize(self, gpu.driver.cuModuleUnload, self.handle).atexit = False
 
 
 class Kernel:
     """As ``emulator.Kernel``."""
 
-    def __init__(self, gpu: Gpu, function: ctypes.c_void_p, parameters: Sequence[tuple[str, int]]) -> None:
-        self._gpu, self._function, self._parameters = gpu, function, parameters
+    def __init__(self, gpu: Gpu, module: _Module, checked: emulator.Kernel) -> None:
+        self._gpu, self._module, self._checked = gpu, module, checked
+        self._function = ctypes.c_void_p()
+        gpu.call("cuModuleGetFunction", ctypes.byref(self._function), module.handle, checked.name.encode())
 
     def launch(
         self,
@@ -69,65 +115,53 @@ class Kernel:
         args: Sequence[Any] = (),
     ) -> None:
         """Run to the end. Tensors and arrays are copied to the GPU and back."""
-        copies: list[tuple[Any, torch.Tensor]] = []
-        values = [self._value(arg, *kind, copies) for arg, kind in zip(args, self._parameters, strict=True)]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.cast(v, ctypes.c_void_p) for v in values))
-        attribute = _Attribute(_CLUSTER_DIMENSION, b"", (ctypes.c_uint * 16)(*_triple(cluster)))
-        clustered = _triple(cluster) != (1, 1, 1)
-        config = _Config(
-            (ctypes.c_uint * 3)(*_triple(grid)),
-            (ctypes.c_uint * 3)(*_triple(block)),
-            shared_bytes,
-            None,
-            ctypes.pointer(attribute),
-            int(clustered),
-        )
-        driver = self._gpu.driver
-        _check(driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED, shared_bytes), "cuFuncSetAttribute")
-        _check(driver.cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None), "cuLaunchKernelEx")
-        torch.cuda.synchronize()
-        for host, device in copies:
-            if isinstance(host, np.ndarray):
-                host[...] = device.cpu().numpy().view(host.dtype).reshape(host.shape)
-            else:
-                host.copy_(device)
+        from emulator import TensorMap
+        from emulator.tensor_map import is_memory, memory_of
 
-    def _value(self, arg: Any, kind: str, size: int, copies: list[tuple[Any, torch.Tensor]]) -> Any:
-        """The argument in memory of its parameter's size."""
-        if isinstance(arg, np.ndarray):
-            copies.append((arg, torch.from_numpy(np.ascontiguousarray(arg).view(np.uint8).reshape(-1)).cuda()))
-            arg = copies[-1][1].data_ptr()
-        elif isinstance(arg, torch.Tensor):
-            copies.append((arg, arg.cuda()))
-            arg = copies[-1][1].data_ptr()
-        if isinstance(arg, float):
-            data = np.array(arg, np.float32 if size == 4 else np.float64).tobytes()
-        elif isinstance(arg, (bytes, bytearray)):
-            data = bytes(arg)
-        else:
-            data = (int(arg or 0) % (1 << (8 * size))).to_bytes(size, "little")
-        if len(data) != size:
-            raise TypeError(f"expected {size} bytes (.{kind}), got {len(data)}")
-        return (ctypes.c_char * size).from_buffer_copy(data)
+        if any(isinstance(arg, TensorMap) for arg in args):
+            raise TypeError("a TensorMap holds an address of the host's memory")
+        checked = self._checked.prepare(grid, block, cluster, shared_bytes, args)
+        with ExitStack() as stack:
+            memory = memory_of(checked.buffers)
+            copies = {first: self._copy(first, nbytes, stack) for first, nbytes, _, _ in memory}
+            arguments = list(checked.arguments)
+            for i, arg in enumerate(args):
+                address = int.from_bytes(arguments[i], "little")
+                for first, nbytes, _, _ in memory:
+                    if is_memory(arg) and first <= address < first + nbytes:
+                        arguments[i] = (copies[first] + address - first).to_bytes(8, "little")
+            self._run(checked, arguments)
+            for first, nbytes, writable, _ in memory:
+                if writable:
+                    size = ctypes.c_size_t(nbytes)
+                    self._gpu.call("cuMemcpyDtoH_v2", ctypes.c_void_p(first), ctypes.c_uint64(copies[first]), size)
+
+    def _copy(self, first: int, nbytes: int, stack: ExitStack) -> int:
+        """The address on the GPU of a copy, which lives as long as ``stack``."""
+        address, size = ctypes.c_uint64(), ctypes.c_size_t(nbytes)
+        self._gpu.call("cuMemAlloc_v2", ctypes.byref(address), size)
+        stack.callback(self._gpu.driver.cuMemFree_v2, address)
+        self._gpu.call("cuMemcpyHtoD_v2", address, ctypes.c_void_p(first), size)
+        return address.value
+
+    def _run(self, checked: emulator.Launch, arguments: Sequence[bytes]) -> None:
+        values = [ctypes.create_string_buffer(data, len(data)) for data in arguments]
+        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        attribute = Attribute(CLUSTER_DIMENSION, b"", (ctypes.c_uint * 16)(*checked.cluster))
+        clustered = checked.cluster != (1, 1, 1)
+        extents = [(ctypes.c_uint * 3)(*value) for value in (checked.grid, checked.block)]
+        config = Config(*extents, checked.shared_bytes, None, ctypes.pointer(attribute), int(clustered))
+        self._gpu.call("cuFuncSetAttribute", self._function, MAX_DYNAMIC_SHARED, checked.shared_bytes)
+        self._gpu.call("cuLaunchKernelEx", ctypes.byref(config), self._function, pointers, None)
+        self._gpu.call("cuCtxSynchronize")
 
 
-class Gpu:
-    """As ``emulator.Machine``, for what one launch at a time needs."""
-
-    def __init__(self) -> None:
-        torch.zeros(1, device="cuda")  # makes the context current
-        self.driver = ctypes.CDLL("libcuda.so.1")
-
-    def load(self, ptx: str) -> dict[str, Kernel]:
-        """The kernels of a PTX module by their names."""
-        from emulator.build import native
-
-        parsed = native().parse(ptx)
-        module = ctypes.c_void_p()
-        _check(self.driver.cuModuleLoadData(ctypes.byref(module), ptx.encode()), "cuModuleLoadData")
-        kernels = {}
-        for name in parsed.kernels:
-            function = ctypes.c_void_p()
-            _check(self.driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), name)
-            kernels[name] = Kernel(self, function, parsed.parameters(name))
-        return kernels
+def unusable_reason(library: str = "libcuda.so.1") -> str | None:
+    """None where there is a Hopper GPU."""
+    try:
+        capability = Gpu(library).capability
+    except OSError:
+        return "there is no NVIDIA driver"
+    except RuntimeError as error:
+        return f"the NVIDIA driver has no GPU: {error}"
+    return None if capability == (9, 0) else "the GPU is sm_{}{}, not sm_90".format(*capability)

@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from backends import backend_params
+from machines import machine, on_silicon, silicon_too
 
 pytestmark = backend_params(["emulator"])[0].marks
 
@@ -46,12 +47,10 @@ Array = np.ndarray[Any, Any]
 
 def run(body: str, memory: Array, b: Array, c: Array, threads: int | None = None, seed: int = 0) -> Array:
     """The old values; ``memory`` is updated."""
-    from emulator import Machine
-
     old = np.zeros_like(memory)
     count = memory.size if threads is None else threads
     text = PTX.format(body=body, bytes=memory.nbytes // memory.size)
-    Machine(seed).load(text)["kernel"].launch(1, count, args=[a.view(np.uint8) for a in (memory, b, c, old)])
+    machine(seed).load(text)["kernel"].launch(1, count, args=[a.view(np.uint8) for a in (memory, b, c, old)])
     return old
 
 
@@ -121,6 +120,7 @@ def same_bits(a: Array, b: Array) -> bool:
     return a.tobytes() == b.tobytes()
 
 
+@silicon_too
 @pytest.mark.parametrize("space", ["global", "shared", "generic", "generic shared"])
 @pytest.mark.parametrize("case", CASES)
 def test_operations(case: str, space: str) -> None:
@@ -152,6 +152,7 @@ def test_operations(case: str, space: str) -> None:
     assert same_bits(memory, expected)
 
 
+@silicon_too
 def test_cas_of_16_bits() -> None:
     rng = np.random.default_rng(3)
     memory, b, c = (rng.integers(0, 1 << 16, N).astype(np.uint16) for _ in range(3))
@@ -174,6 +175,7 @@ def number_or_other(choose: Callable[[Array, Array], Array]) -> Callable[[Array,
     return result
 
 
+@silicon_too
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16], ids=["f16", "bf16"])
 @pytest.mark.parametrize("op", ["add", "min", "max"])
 @pytest.mark.parametrize("form", ["one", "x2", "v2", "v4", "v8", "v2 of x2", "v4 of x2"])
@@ -214,6 +216,7 @@ def test_halves(form: str, op: str, dtype: Any) -> None:
     assert same_bits(result.ravel(), np.ascontiguousarray(expected).ravel())
 
 
+@silicon_too
 def test_vectors_of_floats() -> None:
     rng = np.random.default_rng(7)
     a, b = (rng.standard_normal((64, 4)).astype(np.float32) for _ in range(2))
@@ -230,6 +233,7 @@ def test_vectors_of_floats() -> None:
         assert np.frombuffer(memory.tobytes(), np.float32).tobytes() == expected.tobytes()
 
 
+@silicon_too
 @pytest.mark.parametrize("space", ["global", "shared"])
 def test_many_threads_at_one_address(space: str) -> None:
     # Each thread gets a ticket of its own, in an order that the seed picks.
@@ -246,24 +250,32 @@ def test_many_threads_at_one_address(space: str) -> None:
         assert memory[0] == 128
         assert sorted(tickets.tolist()) == list(range(128))
         orders.add(tuple(tickets.tolist()))
-    assert len(orders) == 4
+    assert on_silicon() or len(orders) == 4
 
 
+# Threads of different warps add to a plain variable under a lock.
+RELEASE = "atom.release.gpu.global.exch.b32 %r1, [%m], 0;"
+LOCKED = f"""ld.param.u64 %m, [pm]; ld.param.u64 %d, [pd];
+  and.b32 %r5, %t, 31; setp.ne.u32 p, %r5, 0; @p exit;
+  L: atom.acquire.gpu.global.cas.b32 %r1, [%m], 0, 1; setp.ne.u32 p, %r1, 0; @p bra L;
+  ld.global.b32 %r2, [%d]; add.u32 %r2, %r2, 1; st.global.b32 [%d], %r2;
+  {RELEASE}"""
+
+
+@silicon_too
 def test_a_lock() -> None:
-    # Threads of different warps add to a plain variable under a lock.
-    body = """ld.param.u64 %m, [pm]; ld.param.u64 %d, [pd];
-      and.b32 %r5, %t, 31; setp.ne.u32 p, %r5, 0; @p exit;
-      L: atom.acquire.gpu.global.cas.b32 %r1, [%m], 0, 1; setp.ne.u32 p, %r1, 0; @p bra L;
-      ld.global.b32 %r2, [%d]; add.u32 %r2, %r2, 1; st.global.b32 [%d], %r2;
-      atom.release.gpu.global.exch.b32 %r1, [%m], 0;"""
     for seed in range(10):
         memory = np.zeros(256, np.uint32)
-        assert run(body, memory, memory.copy(), memory.copy(), 256, seed)[0] == 8
+        assert run(LOCKED, memory, memory.copy(), memory.copy(), 256, seed)[0] == 8
         assert memory[0] == 0
+
+
+def test_a_lock_that_is_kept() -> None:
     from emulator import EmulationError
 
+    memory = np.zeros(256, np.uint32)
     with pytest.raises(EmulationError, match="a deadlock"):
-        run(body.replace("atom.release.gpu.global.exch.b32 %r1, [%m], 0;", ""), memory, memory, memory, 256)
+        run(LOCKED.replace(RELEASE, ""), memory, memory, memory, 256)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from backends import backend_params
 from emulator_lanes import Case, bits_of, check, operands
+from machines import silicon_too
 
 pytestmark = backend_params(["emulator"])[0].marks
 
@@ -179,11 +180,13 @@ CASES.append(
 )
 
 
+@silicon_too
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.body.split(" %d")[0])
 def test_result(case: Case) -> None:
     check(case)
 
 
+@silicon_too
 def test_every_table_of_lop3() -> None:
     # Three masks in which all eight rows of the table appear; the result is then the table itself.
     body = "\n".join(
@@ -194,6 +197,7 @@ def test_every_table_of_lop3() -> None:
     check(Case(body, "b32", ("b32",) * 3, lambda a, b, c: next(expected) * 0x01010101), (a, b, c))
 
 
+@silicon_too
 @pytest.mark.parametrize("operation", ["and", "or"])
 @pytest.mark.parametrize("destination", ["%r0|p", "_|p"])
 @pytest.mark.parametrize("negation", ["", "!"])
@@ -216,6 +220,7 @@ def test_lop3_with_a_predicate(operation: str, destination: str, negation: str) 
     check(Case(body, "b32", ("b32",) * 3, oracle), (a & np.uint32(0x30003), b, c))
 
 
+@silicon_too
 def test_predicate_logic() -> None:
     # Each result in a bit of its own.
     body = """

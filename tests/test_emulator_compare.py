@@ -12,6 +12,7 @@ import pytest
 from backends import backend_params
 from emulator_lanes import Case, bits_of, check
 from exact_floats import FORMATS
+from machines import silicon_too
 
 pytestmark = backend_params(["emulator"])[0].marks
 
@@ -52,18 +53,21 @@ FLOAT_NAMES = [*ORDERED, *(name + "u" for name in ORDERED), "num", "nan"]
 FLOAT_FORMS = list(product(FLOAT_NAMES, SCALARS))
 
 
+@silicon_too
 @pytest.mark.parametrize(("comparison", "kind"), [*INTEGER_FORMS, *FLOAT_FORMS])
 def test_setp(comparison: str, kind: str) -> None:
     body = f"setp.{comparison}.{kind} p, %a, %b; selp.b32 %d, 1, 0, p;"
     check(Case(body, "b32", (kind, kind), lambda a, b: compared(comparison, kind, a, b)))
 
 
+@silicon_too
 @pytest.mark.parametrize(("comparison", "kind"), list(product(FLOAT_NAMES, ("f16", "f32"))))
 def test_setp_flushes(comparison: str, kind: str) -> None:
     body = f"setp.{comparison}.ftz.{kind} p, %a, %b; selp.b32 %d, 1, 0, p;"
     check(Case(body, "b32", (kind, kind), lambda a, b: compared(comparison, kind, a, b, True)))
 
 
+@silicon_too
 @pytest.mark.parametrize("boolean", BOOLEAN)
 @pytest.mark.parametrize("negation", ["", "!"])
 @pytest.mark.parametrize("destination", ["p|q", "p|_", "_|q", "p"])
@@ -83,11 +87,13 @@ def test_setp_combined(boolean: str, negation: str, destination: str, comparison
     check(Case(body, "b32", (kind, kind, "b32"), oracle))
 
 
+@silicon_too
 def test_setp_gives_the_complement_without_an_operation() -> None:
     body = "setp.lt.s32 p|q, %a, %b; selp.b32 %d, 1, 0, p; @q or.b32 %d, %d, 2;"
     check(Case(body, "b32", ("s32", "s32"), lambda a, b: 1 if a < b else 2))
 
 
+@silicon_too
 @pytest.mark.parametrize("base", ["f16", "bf16"])
 @pytest.mark.parametrize("comparison", ["lt", "neu", "nan"])
 @pytest.mark.parametrize("boolean", ["", *BOOLEAN])
@@ -112,6 +118,7 @@ TRUE = {"u16": 0xFFFF, "s16": 0xFFFF, "u32": 0xFFFFFFFF, "s32": 0xFFFFFFFF}
 TRUE |= {"f16": 0x3C00, "bf16": 0x3F80, "f32": 0x3F800000}
 
 
+@silicon_too
 @pytest.mark.parametrize(
     ("result", "kind"),
     [
@@ -128,6 +135,7 @@ def test_set(result: str, kind: str) -> None:
     check(Case(body, width, (kind, kind, "b32"), oracle))
 
 
+@silicon_too
 @pytest.mark.parametrize(("base", "ftz"), [("f16", ""), ("f16", ".ftz"), ("bf16", "")])
 @pytest.mark.parametrize("result", ["u32", "s32", "same"])
 def test_set_of_pairs(base: str, ftz: str, result: str) -> None:
@@ -141,6 +149,7 @@ def test_set_of_pairs(base: str, ftz: str, result: str) -> None:
     check(Case(f"set.geu{ftz}.{to}.{base}x2 %d, %a, %b;", "b32", (f"{base}x2",) * 2, oracle))
 
 
+@silicon_too
 @pytest.mark.parametrize("kind", ["b16", "u32", "f32", "s64", "f64"])
 @pytest.mark.parametrize("negation", ["", "!"])
 def test_selp(kind: str, negation: str) -> None:
@@ -149,6 +158,7 @@ def test_selp(kind: str, negation: str) -> None:
     check(Case(body, width, (width, width, "b32"), lambda a, b, c: a if (c & 1) != bool(negation) else b))
 
 
+@silicon_too
 @pytest.mark.parametrize("kind", ["u16", "b32", "f32", "s64"])
 @pytest.mark.parametrize("selector", ["s32", "f32", "ftz"])
 def test_slct(kind: str, selector: str) -> None:
@@ -164,6 +174,7 @@ def test_slct(kind: str, selector: str) -> None:
     check(Case(f"{op}.{kind}.{of} %d, %a, %b, %c;", width, (width, width, of), oracle))
 
 
+@silicon_too
 @pytest.mark.parametrize("kind", ["f32", "f64"])
 @pytest.mark.parametrize("name", ["finite", "infinite", "number", "notanumber", "normal", "subnormal"])
 def test_testp(name: str, kind: str) -> None:

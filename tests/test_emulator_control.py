@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backends import backend_params
+from machines import machine, silicon_too
 
 pytestmark = backend_params(["emulator"])[0].marks
 
@@ -47,11 +48,9 @@ def text_of(body: str, directives: str = "", words: bytes = b"") -> str:
 
 
 def run(body: str, threads: int = 32, directives: str = "", seed: int = 0, words: bytes = b"") -> Values:
-    from emulator import Machine
-
     out = np.zeros(threads, np.uint32)
     a = np.zeros(64, np.uint32)
-    Machine(seed).load(text_of(body, directives, words))["kernel"].launch(1, threads, args=[a, out])
+    machine(seed).load(text_of(body, directives, words))["kernel"].launch(1, threads, args=[a, out])
     return out
 
 
@@ -69,6 +68,7 @@ ROLES = """setp.eq.u32 q, %w, 0; @q bra PRODUCER;
   DONE:"""
 
 
+@silicon_too
 @pytest.mark.parametrize(("fewer", "more"), [(40, 232), (24, 240)])
 @pytest.mark.parametrize("directives", [ENTRY, ".reqntid 384 .minnctapersm 1", ".maxnreg 168"])
 def test_registers_go_from_one_warpgroup_to_others(fewer: int, more: int, directives: str) -> None:
@@ -125,6 +125,7 @@ def test_dependent_launches() -> None:
     assert 0 in early, "without the wait, the secondary never ran ahead"
 
 
+@silicon_too
 def test_without_the_attribute_they_do_nothing() -> None:
     assert run("griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 %d, 3;").tolist() == [3] * 32
 
@@ -138,6 +139,7 @@ def test_a_jump_to_itself_is_a_deadlock() -> None:
     raises("L: bra L;", "a deadlock")
 
 
+@silicon_too
 def test_sleep_and_events_do_nothing_else() -> None:
     body = "nanosleep.u32 %t; nanosleep.u32 1000000; mov.u32 %a, 0xffffffff; nanosleep.u32 %a; pmevent 7; "
     assert run(body + "pmevent.mask 3; mov.u32 %d, 9;").tolist() == [9] * 32
@@ -168,6 +170,7 @@ FENCES = (
 )
 
 
+@silicon_too
 def test_all_forms_of_fences() -> None:
     assert run("".join(FENCES) + "mov.u32 %d, 4;").tolist() == [4] * 32
 

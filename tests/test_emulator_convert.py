@@ -13,6 +13,7 @@ import pytest
 from backends import backend_params
 from emulator_lanes import Case, bits_of, check, execute, operands, signed
 from exact_floats import FORMATS, round_to_integer
+from machines import silicon_too
 
 pytestmark = backend_params(["emulator"])[0].marks
 
@@ -46,6 +47,7 @@ def integer_of(x: int, kind: str) -> int:
     return signed(x, bits) if kind[0] == "s" else x
 
 
+@silicon_too
 @pytest.mark.parametrize(("to", "of"), list(product(INTEGERS, INTEGERS)))
 def test_integer_to_integer(to: str, of: str) -> None:
     # 64-bit registers on either side: the source's upper bits are ignored, the result is extended by its sign.
@@ -75,6 +77,7 @@ def float_to_integer(to: str, of: str, rounding: str, flush: bool) -> Callable[[
     return oracle
 
 
+@silicon_too
 @pytest.mark.parametrize("rounding", INTEGER_ROUNDINGS)
 @pytest.mark.parametrize(("to", "of"), [x for x in product(INTEGERS, FLOATS) if x[1] != "bf16" or x[0][1:] != "8"])
 def test_float_to_integer(to: str, of: str, rounding: str) -> None:
@@ -98,6 +101,7 @@ def saturated(code: int, kind: str) -> int:
     return min(code, form.bias << form.fraction)
 
 
+@silicon_too
 @pytest.mark.parametrize("rounding", FLOAT_ROUNDINGS)
 @pytest.mark.parametrize(("to", "of"), [x for x in product(FLOATS, INTEGERS) if x[0] != "bf16" or x[1][1:] != "8"])
 def test_integer_to_float(to: str, of: str, rounding: str) -> None:
@@ -171,6 +175,7 @@ def scalar_forms() -> list[tuple[str, str, str, str]]:
     return result
 
 
+@silicon_too
 @pytest.mark.parametrize(("to", "of", "rounding", "modifiers"), scalar_forms())
 def test_float_to_float(to: str, of: str, rounding: str, modifiers: str) -> None:
     body = f"cvt{'.' if rounding else ''}{rounding}{modifiers}.{to}.{of} %d, %a;"
@@ -178,6 +183,7 @@ def test_float_to_float(to: str, of: str, rounding: str, modifiers: str) -> None
     check(case, (with_ties(operands((of,), 700, seed=2)[0], to, of),), any_nan(to))
 
 
+@silicon_too
 @pytest.mark.parametrize(
     ("rounding", "modifiers"), [*product(("rn", "rz"), ("", ".relu")), *product(["rna"], ["", ".satfinite"])]
 )
@@ -192,6 +198,7 @@ def test_tf32(rounding: str, modifiers: str) -> None:
     check(Case(f"cvt.{rounding}{modifiers}.tf32.f32 %d, %a;", "b32", ("f32",), oracle), (column,))
 
 
+@silicon_too
 @pytest.mark.parametrize("to", ["f16", "bf16"])
 @pytest.mark.parametrize("rounding", ["rn", "rz"])
 @pytest.mark.parametrize("modifiers", ["", ".relu", ".satfinite", ".relu.satfinite"])
@@ -204,6 +211,7 @@ def test_pairs_of_halves(to: str, rounding: str, modifiers: str) -> None:
 FP8 = {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
 
 
+@silicon_too
 @pytest.mark.parametrize("to", FP8)
 @pytest.mark.parametrize("modifiers", [".satfinite", ".satfinite.relu", ".relu.satfinite"])
 def test_pairs_of_fp8(to: str, modifiers: str) -> None:
@@ -227,6 +235,7 @@ def test_pairs_of_fp8(to: str, modifiers: str) -> None:
     assert np.array_equal(got, expected[::-1] << np.uint16(8) | expected)
 
 
+@silicon_too
 @pytest.mark.parametrize("to", FP8)
 def test_fp8_as_ml_dtypes_rounds(to: str) -> None:
     x = np.random.default_rng(0).standard_normal(1 << 14).astype(np.float32) * np.float32(8)
@@ -234,6 +243,7 @@ def test_fp8_as_ml_dtypes_rounds(to: str) -> None:
     assert np.array_equal((got & 0xFF).astype(np.uint8), x.astype(FP8[to]).view(np.uint8))
 
 
+@silicon_too
 @pytest.mark.parametrize("of", FP8)
 @pytest.mark.parametrize("modifiers", ["", ".relu"])
 def test_every_pair_of_fp8_to_halves(of: str, modifiers: str) -> None:
@@ -246,6 +256,7 @@ def test_every_pair_of_fp8_to_halves(of: str, modifiers: str) -> None:
     assert np.array_equal(got, halves[codes >> 8] << np.uint32(16) | halves[codes & 255])
 
 
+@silicon_too
 @pytest.mark.parametrize("kind", ["u16", "s16", "u8", "s8", "u4", "s4", "u2", "s2"])
 def test_cvt_pack(kind: str) -> None:
     bits = int(kind[1:])
@@ -266,6 +277,7 @@ def test_cvt_pack(kind: str) -> None:
     check(Case(body, "b32", ("s32", "s32", "b32"), oracle), (small, columns[1], columns[2]))
 
 
+@silicon_too
 def test_cvt_reads_constants_and_special_registers() -> None:
     lanes = np.arange(256, dtype=np.uint32)
     got = execute("cvt.u64.u32 %d, %tid.x; add.s64 %d, %d, 5;", (lanes,), 64)
@@ -303,6 +315,7 @@ MOVES = {
 }
 
 
+@silicon_too
 @pytest.mark.parametrize("body", MOVES)
 def test_mov(body: str) -> None:
     result, of, oracle = MOVES[body]

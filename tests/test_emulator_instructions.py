@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from backends import backend_params
 from emulator_lanes import COUNT, execute, kernel_text, operands
+from machines import silicon_too
 
 pytestmark = backend_params(["emulator"])[0].marks
 
 
+@silicon_too
 @pytest.mark.parametrize(
     ("body", "source"),
     [

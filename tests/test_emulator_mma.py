@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from backends import backend_params
+from machines import machine, silicon_too
 from matrix_model import (
     NAN,
     Array,
@@ -92,8 +93,6 @@ class Form:
 
     def run(self, a: Array, b: Array, c: Array, lanes: int = LANES) -> Array:
         """D as codes from A [16, K], B [8, K] and C [16, 8] as codes, by the fragment tables of the PTX ISA."""
-        from emulator import Machine
-
         lane = np.arange(LANES)
         group, quad = lane // 4, lane % 4
         left, right = (x.view(np.uint32) for x in (a, b))
@@ -104,7 +103,7 @@ class Form:
         rows, columns = group[:, None] + 8 * (i // 2), 2 * quad[:, None] + i % 2
         d = np.ascontiguousarray(c[rows, columns]).view(np.uint32).copy()
         arguments = [np.stack(a_words, 1).copy(), np.stack(b_words, 1).copy(), d]
-        Machine().load(self.ptx())["kernel"].launch((1, 1, 1), (lanes, 1, 1), args=arguments)
+        machine().load(self.ptx())["kernel"].launch((1, 1, 1), (lanes, 1, 1), args=arguments)
         out = np.zeros_like(c)
         out[rows, columns] = d.view(c.dtype)
         return out
@@ -114,6 +113,7 @@ def ids(value: object) -> str:
     return ".".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+@silicon_too
 @pytest.mark.parametrize("kinds", HALVES + FP8_FORMS + INTEGERS, ids=ids)
 def test_small_integers(kinds: tuple[str, str, str, int]) -> None:
     """Sums that are exact however they are made: fragments and shapes."""
@@ -144,6 +144,7 @@ def operands(form: Form, kind: str, rng: np.random.Generator) -> tuple[Array, Ar
     return a, b, c
 
 
+@silicon_too
 @pytest.mark.parametrize("kind", ["near", "any", "tiny", "special"])
 @pytest.mark.parametrize("kinds", HALVES, ids=ids)
 def test_floating_point(kinds: tuple[str, str, str, int], kind: str) -> None:
@@ -153,6 +154,7 @@ def test_floating_point(kinds: tuple[str, str, str, int], kind: str) -> None:
         assert_fused(form.run(a, b, c), a, b, c, (form.a, form.b, form.d), 25)
 
 
+@silicon_too
 @pytest.mark.parametrize("kind", ["near", "any", "tiny", "special"])
 @pytest.mark.parametrize("kinds", FP8_FORMS, ids=ids)
 def test_fp8(kinds: tuple[str, str, str, int], kind: str) -> None:
@@ -178,6 +180,7 @@ def test_fp8(kinds: tuple[str, str, str, int], kind: str) -> None:
                 assert int(got[i, j]) == expected, f"D[{i}, {j}] is {int(got[i, j]):#x}, expected {expected:#x}"
 
 
+@silicon_too
 @pytest.mark.parametrize("kinds", INTEGERS, ids=ids)
 @pytest.mark.parametrize("saturate", [False, True], ids=["wraps", "satfinite"])
 def test_integers(kinds: tuple[str, str, str, int], saturate: bool) -> None:
@@ -191,6 +194,7 @@ def test_integers(kinds: tuple[str, str, str, int], saturate: bool) -> None:
 SOURCES = "{%a0, %a1, %a2, %a3}, {%b0, %b1}"
 
 
+@silicon_too
 def test_immediates_and_sinks() -> None:
     """C may be of literals, and elements of D may go nowhere."""
     rng = np.random.default_rng(0)

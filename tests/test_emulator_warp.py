@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backends import backend_params
+from machines import machine, silicon_too
 
 pytestmark = backend_params(["emulator"])[0].marks
 
@@ -44,10 +45,8 @@ Lanes = np.ndarray[Any, np.dtype[np.uint32]]
 
 def run(body: str, a: Lanes, b: Lanes, seed: int = 0, threads: int = LANES) -> tuple[Lanes, Lanes]:
     """What %d and %e hold at the end."""
-    from emulator import Machine
-
     out = np.zeros(2 * LANES, np.uint32)
-    Machine(seed).load(PTX.format(body=body))["kernel"].launch(1, threads, args=[a, b, out])
+    machine(seed).load(PTX.format(body=body))["kernel"].launch(1, threads, args=[a, b, out])
     return out[:LANES], out[LANES:]
 
 
@@ -86,6 +85,7 @@ def shuffled(mode: str, values: Lanes, by: int, limits: int) -> tuple[list[int],
     return out, valid
 
 
+@silicon_too
 @pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
 def test_shuffle(mode: str) -> None:
     rng = np.random.default_rng(0)
@@ -100,6 +100,7 @@ def test_shuffle(mode: str) -> None:
             assert e.tolist() == valid
 
 
+@silicon_too
 def test_shuffle_with_a_source_lane_of_each_lane() -> None:
     rng = np.random.default_rng(1)
     a, b = random_lanes(rng), random_lanes(rng, 32)
@@ -116,6 +117,7 @@ def test_what_absent_lanes_give_is_not_their_value() -> None:
     assert (d[8:16] != 7).all()
 
 
+@silicon_too
 @pytest.mark.parametrize("votes", ["none", "all", "one", "random"])
 def test_vote(votes: str) -> None:
     rng = np.random.default_rng(2)
@@ -140,6 +142,7 @@ def test_vote(votes: str) -> None:
     assert run("vote.sync.ballot.b32 %d, !p, -1;", b, b)[0].tolist() == [bits ^ 0xFFFFFFFF] * LANES
 
 
+@silicon_too
 def test_a_ballot_of_some_lanes() -> None:
     rng = np.random.default_rng(3)
     b = random_lanes(rng, 2)
@@ -151,6 +154,7 @@ def test_a_ballot_of_some_lanes() -> None:
     assert d.tolist() == [bits & 0xFFFFF] * 20 + [bits & 0xFFF00000] * 12
 
 
+@silicon_too
 @pytest.mark.parametrize("kinds", [1, 3, 40])
 def test_match(kinds: int) -> None:
     rng = np.random.default_rng(kinds)
@@ -166,6 +170,7 @@ def test_match(kinds: int) -> None:
     assert run(wide, a, a)[0].tolist() == expected
 
 
+@silicon_too
 @pytest.mark.parametrize("mask", [0xFFFFFFFF, 0x80000001, 0x00FF00F0])
 def test_redux(mask: int) -> None:
     rng = np.random.default_rng(mask)
@@ -230,6 +235,7 @@ def test_branches_may_meet_at_different_instructions() -> None:
         run(DIVERGED.format(high="bar.warp.sync -1;", low="bar.warp.sync -1;"), a, a, seed)
 
 
+@silicon_too
 def test_exited_lanes_are_not_waited_for() -> None:
     a = np.arange(LANES, dtype=np.uint32)
     d, _ = run("setp.ge.u32 q, %t, 24; @q exit; redux.sync.add.u32 %d, %a, -1; bar.warp.sync -1;", a, a)
@@ -239,6 +245,7 @@ def test_exited_lanes_are_not_waited_for() -> None:
     assert d[:24].tolist() == [0xFFFFFE] * 24
 
 
+@silicon_too
 def test_a_block_of_less_than_a_warp() -> None:
     a = np.ones(LANES, np.uint32)
     assert run("redux.sync.add.u32 %d, %a, -1;", a, a, threads=20)[0].tolist() == [20] * 20 + [0] * 12

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from backends import backend_params
+from machines import silicon_too
 from matrix_model import NAN, decode, encode, near_codes, random_codes, size_of, tiny_codes
 from wgmma_cases import (
     COMMIT,
@@ -54,6 +55,7 @@ LAYOUTS = [
 ]
 
 
+@silicon_too
 @pytest.mark.parametrize("mode", SPAN, ids=lambda mode: f"{SPAN[mode]}B")
 @pytest.mark.parametrize(("types", "transposed"), LAYOUTS, ids=ids)
 def test_layouts(types: tuple[str, str, str], transposed: tuple[int, int], mode: int) -> None:
@@ -64,6 +66,7 @@ def test_layouts(types: tuple[str, str, str], transposed: tuple[int, int], mode:
         check_exactly(small_case(form, (mode, (mode + seed) % 4), seed), seed)
 
 
+@silicon_too
 @pytest.mark.parametrize("n", range(8, 257, 8))
 def test_every_n(n: int) -> None:
     check_exactly(small_case(Form("f32", "e4m3", "e5m2", n=n), (1, 1), n))
@@ -76,6 +79,7 @@ def test_every_n(n: int) -> None:
             small_case(integers, (1, 1), n).run()
 
 
+@silicon_too
 @pytest.mark.parametrize("types", TYPES, ids=ids)
 def test_a_from_registers(types: tuple[str, str, str]) -> None:
     for seed, transposed in enumerate([0, 1] if types[1] in ("f16", "bf16") else [0]):
@@ -83,6 +87,7 @@ def test_a_from_registers(types: tuple[str, str, str]) -> None:
         check_exactly(small_case(form, (0, 1), seed))
 
 
+@silicon_too
 @pytest.mark.parametrize("types", FLOATS, ids=ids)
 @pytest.mark.parametrize("kind", ["near", "any", "tiny", "special"])
 def test_floating_point(kind: str, types: tuple[str, str, str]) -> None:
@@ -110,6 +115,7 @@ def test_floating_point(kind: str, types: tuple[str, str, str]) -> None:
         Case(form, a, b, c, places(form, (2, 3), rng)).check(sample=2048)
 
 
+@silicon_too
 def test_e4m3_as_the_reference_has_it() -> None:
     """All of D, for products of every code and accumulators as they come about."""
     rng = np.random.default_rng(0)
@@ -124,6 +130,7 @@ def test_e4m3_as_the_reference_has_it() -> None:
         np.testing.assert_array_equal(got, expected.numpy().view(np.uint32))
 
 
+@silicon_too
 @pytest.mark.parametrize("types", [("s32", "s8", "s8"), ("s32", "u8", "u8"), ("s32", "s8", "u8")], ids=ids)
 @pytest.mark.parametrize("saturate", [False, True], ids=["wraps", "satfinite"])
 def test_integers(types: tuple[str, str, str], saturate: bool) -> None:
@@ -135,12 +142,14 @@ def test_integers(types: tuple[str, str, str], saturate: bool) -> None:
     Case(form, a, b, c, places(form, (1, 2), rng)).check()
 
 
+@silicon_too
 @pytest.mark.parametrize("types", [("f32", "e4m3", "e5m2"), ("f32", "bf16", "bf16"), ("f16", "f16", "f16")], ids=ids)
 @pytest.mark.parametrize("signs", [(-1, 1), (1, -1), (-1, -1)], ids=ids)
 def test_negation(signs: tuple[int, int], types: tuple[str, str, str]) -> None:
     check_exactly(small_case(Form(*types, signs=signs), (1, 1), 0))
 
 
+@silicon_too
 @pytest.mark.parametrize(("scale_d", "scale"), [("p", 1), ("p", 0), ("!p", 0), ("!p", 1), ("1", 0), ("0", 1)])
 def test_scale_d(scale_d: str, scale: int) -> None:
     """Where it is false, not even a NaN in D counts."""
@@ -154,6 +163,7 @@ def test_scale_d(scale_d: str, scale: int) -> None:
     np.testing.assert_array_equal(got, expected)
 
 
+@silicon_too
 @pytest.mark.parametrize("mode", [1, 2])
 def test_steps_along_k(mode: int) -> None:
     """The start address may step inside the first line of the swizzle pattern, and a chain needs no fence between."""

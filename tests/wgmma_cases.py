@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from machines import machine
 from matrix_model import (
     Array,
     assert_fused,
@@ -192,8 +193,6 @@ class Case:
     others: list[tuple[Place, Array]] = field(default_factory=list)
 
     def run(self, seed: int = 0) -> Array:
-        from emulator import Machine
-
         form = self.form
         image = np.full(1 << 17, 0xFF, np.uint8)
         used = 16
@@ -212,7 +211,7 @@ class Case:
         columns = 8 * (v >> 2) + 2 * quad[:, None] + (v & 1)
         held = np.ascontiguousarray(self.c[rows, columns])
         d = held.view(np.uint32).copy()
-        kernel = Machine(seed).load(form.ptx())["kernel"]
+        kernel = machine(seed).load(form.ptx())["kernel"]
         descriptors = [place.descriptor() for place in self.places]
         arguments = [image, image.size, *descriptors, fragments, d, self.scale]
         kernel.launch((1, 1, 1), (form.block, 1, 1), (1, 1, 1), image.size, arguments)
