@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from backends import assert_same_bits, backend, backend_params
+from backends import BACKENDS, assert_same_bits, backend, backend_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +31,7 @@ TENSOR_CORE = (5e-8, 2e-3)
 BOUNDS = {
     "reference": (5e-13, 2e-6),
     "triton_interpreter": (2e-14, 2e-6),
+    "emulator": TENSOR_CORE,
     "cuda": TENSOR_CORE,
     "cuda_triton": TENSOR_CORE,
 }
@@ -91,7 +92,7 @@ def promoted(a: ScaledTensor, b: ScaledTensor, c: torch.Tensor | None, out_dtype
 @pytest.mark.parametrize("n", NS)
 @pytest.mark.parametrize("m", MS)
 @pytest.mark.parametrize("b_block", B_BLOCKS, ids=str)
-@pytest.mark.parametrize("name", backend_params())
+@pytest.mark.parametrize("name", backend_params(BACKENDS))
 def test_against_float64(name: str, b_block: tuple[int, int], m: int, n: int, k: int) -> None:
     a, b = operands(m, n, k, b_block)
     # One shape in all combinations of dtypes, the others in one each.
@@ -108,7 +109,7 @@ def test_against_float64(name: str, b_block: tuple[int, int], m: int, n: int, k:
 
 
 @pytest.mark.parametrize("b_block", B_BLOCKS, ids=str)
-@pytest.mark.parametrize("name", backend_params())
+@pytest.mark.parametrize("name", backend_params(BACKENDS))
 def test_positive_inputs(name: str, b_block: tuple[int, int]) -> None:
     """Where nothing cancels a lost promotion shows as a bias of percents, and a lost k-block as much more."""
     a, b = operands(17, 72, 2048, b_block, positive=True)
@@ -124,7 +125,7 @@ def with_pitch(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=str)
-@pytest.mark.parametrize("name", backend_params())
+@pytest.mark.parametrize("name", backend_params(BACKENDS))
 def test_empty_extents(name: str, out_dtype: torch.dtype) -> None:
     for b_block, (m, n, k) in itertools.product(
         B_BLOCKS, [(0, 8, 128), (3, 0, 128), (0, 0, 0), (3, 8, 0), (130, 8, 0)]
@@ -143,7 +144,7 @@ def test_contiguous_tensors_without_columns(shape: tuple[int, int, int]) -> None
 
 
 @pytest.mark.parametrize("c_dtype", C_DTYPES, ids=str)
-@pytest.mark.parametrize("name", backend_params())
+@pytest.mark.parametrize("name", backend_params(BACKENDS))
 def test_c_is_added_in_fp32_and_the_sum_rounded_once(name: str, c_dtype: torch.dtype | None) -> None:
     a, b = operands(33, 72, 144, (128, 128))
     c = addend(33, 72, c_dtype)
@@ -154,7 +155,7 @@ def test_c_is_added_in_fp32_and_the_sum_rounded_once(name: str, c_dtype: torch.d
 
 
 @pytest.mark.parametrize("b_block", B_BLOCKS, ids=str)
-@pytest.mark.parametrize("name", backend_params(["triton_interpreter", "cuda", "cuda_triton"]))
+@pytest.mark.parametrize("name", backend_params(["triton_interpreter", "emulator", "cuda", "cuda_triton"]))
 def test_a_row_does_not_depend_on_the_batch(name: str, b_block: tuple[int, int]) -> None:
     a, b = operands(150, 136, 400, b_block)
     c = addend(150, 136, torch.float32)
@@ -165,7 +166,7 @@ def test_a_row_does_not_depend_on_the_batch(name: str, b_block: tuple[int, int])
         assert_same_bits(alone, whole[first:last], f"rows {first} to {last}")
 
 
-@pytest.mark.parametrize("name", backend_params())
+@pytest.mark.parametrize("name", backend_params(BACKENDS))
 def test_strides_and_what_lies_between_rows(name: str) -> None:
     """Codes beyond K, the padding of scales and the gap between rows are NaN, and none arrives in the result."""
     for b_block in B_BLOCKS:
@@ -187,7 +188,7 @@ def test_strides_and_what_lies_between_rows(name: str) -> None:
         assert_same_bits(out, expected, f"{b_block}")
 
 
-@pytest.mark.parametrize("name", backend_params(["reference", "triton_interpreter"]))
+@pytest.mark.parametrize("name", backend_params(["reference", "triton_interpreter", "emulator"]))
 def test_a_bias_may_be_an_expanded_row(name: str) -> None:
     a, b = operands(18, 72, 144, (128, 128))
     bias = addend(1, 72, torch.bfloat16).expand(18, 72)
@@ -195,7 +196,7 @@ def test_a_bias_may_be_an_expanded_row(name: str) -> None:
     assert_same_bits(backend(name).gemm(a, b, c=bias), expected, "out")
 
 
-@pytest.mark.parametrize("name", backend_params())
+@pytest.mark.parametrize("name", backend_params(BACKENDS))
 def test_a_nan_stays_in_its_row(name: str) -> None:
     a, b = operands(20, 72, 144, (128, 128))
     expected = backend(name).gemm(a, b, out_dtype=torch.float32)
