@@ -220,7 +220,6 @@ ARRIVE = "mbarrier.arrive.shared.b64 %z, [bar]; "
         (INIT.format(2) + "mbarrier.expect_tx.shared.b64 [bar], 0xfffff;" * 2, "leaves its range with 2097150"),
         (INIT.format(2) + "mbarrier.complete_tx.shared.b64 [bar], 0xfffff;" * 2, "leaves its range with -2097150"),
         (INIT.format(2) + "mbarrier.arrive.noComplete.shared.b64 %z, [bar], 2;", "would complete the phase"),
-        (INIT.format(2) + "mov.u32 %b, 2;" + TEST.format("%b", "%d"), "parity is 0 or 1, and this is 2"),
         (
             INIT.format(1) + ARRIVE + ARRIVE.replace("%z", "_") + "mbarrier.test_wait.shared.b64 q, [bar], %z;",
             "2 phases",
