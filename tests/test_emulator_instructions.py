@@ -32,6 +32,8 @@ def test_shuffle(body: str, source: Callable[[np.ndarray], np.ndarray]) -> None:
 
 # Registers: %h of 16 bits, %r of 32, %l of 64, %f an .f32, %g an .f64, p, q, r predicates.
 REFUSED = """
+prefetch.shared.L1 [%l1];
+prefetch.global.L3 [%l1];
 add.b32 %r0, %r1, %r2;
 add.u8 %h0, %h1, %h2;
 add.s32 %r0, %r1, %l2;
@@ -206,6 +208,27 @@ mov.pred p, %r0;
 frobnicate.b32 %r0, %r1;
 """
 DECLARATIONS = ".reg .f32 %f<4>; .reg .f64 %g<4>;"
+
+
+# What ptxas folds them to: 16 times the fraction, less 1, in bits 52 to 55.
+POLICIES = {
+    "createpolicy.fractional.L2::evict_first.b64 %x;": 0x12F0 << 48,
+    "createpolicy.fractional.L2::evict_last.b64 %x, 1.0;": 0x14F0 << 48,
+    "createpolicy.fractional.L2::evict_normal.b64 %x, 0f3F800000;": 0x16F0 << 48,
+    "createpolicy.fractional.L2::evict_unchanged.b64 %x, 0.5;": 0x1070 << 48,
+}
+
+
+@pytest.mark.parametrize("text", POLICIES)
+def test_cache_policies(text: str) -> None:
+    from emulator import Machine
+
+    out = np.zeros(1, np.uint64)
+    head = ".version 8.4\n.target sm_90a\n.address_size 64\n.visible .entry k(.param .u64 p) { .reg .b64 %x, %y;\n"
+    hints = "prefetch.global.L2 [%y]; ld.global.L2::cache_hint.b64 %y, [%y], %x;"
+    body = f"ld.param.u64 %y, [p]; {text} st.global.b64 [%y], %x; {hints} ret; }}"
+    Machine().load(head + body)["k"].launch(args=[out])
+    assert hex(out[0]) == hex(POLICIES[text])
 
 
 @pytest.mark.parametrize("text", REFUSED.strip().splitlines())

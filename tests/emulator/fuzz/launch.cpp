@@ -1,40 +1,55 @@
 #include "launch.h"
 
+#include <algorithm>
+#include <cstring>
+
 namespace emulator {
 namespace {
 
-void launch(const Module& module, const Function& kernel, uint64_t seed) {
-  constexpr uint64_t kBufferBytes = 4096;
-  alignas(128) static uint8_t buffer[kBufferBytes];
-  Machine machine(seed);
-  const auto address = reinterpret_cast<uint64_t>(buffer);
-  machine.memory.push_back({address, kBufferBytes, true, "buffer"});
-  Grid& grid = machine.grids.emplace_back();
-  grid.code = decode(module, kernel);
-  grid.grid = grid.cluster = {1, 1, 1};
-  grid.block = {64, 1, 1};
-  grid.clusters = 1;
-  grid.shared_bytes = 1024;
-  grid.parameters.assign(kernel.param_bytes, 0);
-  for (const Variable& parameter : kernel.parameters) {
-    if (parameter.bytes == sizeof address) {
-      std::memcpy(grid.parameters.data() + parameter.offset, &address, sizeof address);
-    }
-  }
-  machine.run();
+constexpr uint64_t kBufferBytes = 8192, kStepLimit = 3'000;
+constexpr uint32_t kThreads = 64, kMostCtas = 4, kDynamicBytes = 1024;
+alignas(128) uint8_t buffer[kBufferBytes];
+
+// The product of what a directive states.
+uint32_t stated(const Function& function, const std::string& directive, uint32_t otherwise, uint32_t most) {
+  const auto found = function.directives.find(directive);
+  if (found == function.directives.end()) return otherwise;
+  uint64_t product = 1;
+  for (uint32_t extent : found->second) product = std::min<uint64_t>(product * extent, most);
+  return static_cast<uint32_t>(product);
+}
+
+// What a kernel takes: a pointer, a tensor map with a box of 256 bytes, or else zeros.
+std::string argument(uint64_t bytes) {
+  constexpr uint16_t kColumns = 32, kRows = kBufferBytes / 4 / kColumns;
+  TensorMapBits map{};
+  map.address = reinterpret_cast<uint64_t>(buffer);
+  map.strides[0] = kColumns * 4;
+  map.dims[0] = kColumns - 1, map.dims[1] = kRows - 1;
+  map.box[0] = kColumns - 1, map.box[1] = 1;
+  map.rank = 1;
+  map.element_type = 2;
+  std::string value(bytes, '\0');
+  if (bytes == sizeof map.address) std::memcpy(value.data(), &map.address, sizeof map.address);
+  if (bytes == kMapBytes) std::memcpy(value.data(), &map, sizeof map);
+  return value;
 }
 
 }  // namespace
 
-void decode_all(const Module& module) {
-  for (const auto& [name, function] : module.functions) {
-    if (function.is_defined) decode(module, function);
-  }
-}
-
-void launch_all(const Module& module, uint64_t seed) {
-  for (const auto& [name, function] : module.functions) {
-    if (function.is_entry && function.is_defined) launch(module, function, seed);
+void launch_all(const std::shared_ptr<const LoadedModule>& loaded, uint64_t seed) {
+  std::ranges::fill(buffer, uint8_t{0});
+  for (const auto& [name, code] : loaded->kernels) {
+    const Function& function = *code->function;
+    const uint32_t threads = stated(function, "reqntid", stated(function, "maxntid", kThreads, 1024), 1024);
+    const uint32_t ctas = stated(function, "reqnctapercluster", 1, kMostCtas);
+    Launch launch{loaded, name, {ctas, 1, 1}, {threads, 1, 1}, {ctas, 1, 1}, kDynamicBytes, {}, 0, false};
+    for (const Variable& parameter : function.parameters) launch.arguments.push_back(argument(parameter.bytes));
+    Machine machine(seed);
+    machine.step_limit = kStepLimit;
+    machine.memory.ranges.push_back({reinterpret_cast<uint64_t>(buffer), kBufferBytes, true, "buffer"});
+    add_launches(machine, {launch});
+    machine.run();
   }
 }
 

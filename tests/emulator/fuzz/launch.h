@@ -1,15 +1,13 @@
 // A launch for the fuzzer: all it knows of the machine.
 #pragma once
-#include <cstdint>
+#include <string>
 
-#include "../src/machine.h"
+#include "../src/module.h"
 
 namespace emulator {
 
-// Decodes every function that has a body. Raises Error.
-void decode_all(const Module& module);
-
-// Runs each kernel as one CTA of 64 threads whose 8-byte parameters all point to one buffer of 4 KB. Raises Error.
-void launch_all(const Module& module, uint64_t seed);
+// Runs each kernel as one cluster, of the CTAs and the threads that its directives ask for, without them one CTA of 64
+// threads. Its parameters of 8 bytes point to one buffer, and those of 128 are tensor maps of it. Raises Error.
+void launch_all(const std::shared_ptr<const LoadedModule>& loaded, uint64_t seed);
 
 }  // namespace emulator

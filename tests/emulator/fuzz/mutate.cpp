@@ -88,10 +88,17 @@ std::string Mutator::next() {
   if (below(64) == 0) return noise();
   std::string text = corpus_[below(corpus_.size())];
   for (size_t changes = 1 + below(1 + below(6)); changes > 0; --changes) {
-    if (below(4) == 0) {
-      change_bytes(text);
-    } else {
-      change_tokens(text);
+    switch (below(8)) {
+      case 0:
+        change_bytes(text);
+        break;
+      case 1:
+      case 2:
+      case 3:
+        change_lines(text);
+        break;
+      default:
+        change_tokens(text);
     }
   }
   if (below(16) == 0) text.resize(below(text.size() + 1));
@@ -116,12 +123,45 @@ void Mutator::change_bytes(std::string& text) {
   }
 }
 
+// Statements, in the corpus: what comes out is mostly PTX, with another meaning.
+void Mutator::change_lines(std::string& text) {
+  Tokens lines;
+  for (size_t begin = 0, end; begin < text.size(); begin = end) {
+    end = std::min(text.find('\n', begin), text.size() - 1) + 1;
+    lines.push_back(text.substr(begin, end - begin));
+  }
+  if (lines.empty()) return;
+  const size_t at = below(lines.size()), other = below(lines.size());
+  const auto place = lines.begin() + static_cast<std::ptrdiff_t>(at);
+  switch (below(3)) {
+    case 0:
+      std::swap(lines[at], lines[other]);
+      break;
+    case 1:
+      lines.erase(place);
+      break;
+    default:
+      lines.insert(place, lines[other]);
+  }
+  text.clear();
+  for (const std::string& line : lines) text += line;
+}
+
+// One that begins as this one does, such as another register of its kind: most such changes are still PTX.
+const std::string& Mutator::alike(const Tokens& tokens, size_t at) {
+  for (int tries = 0; tries < 50; ++tries) {
+    const std::string& other = tokens[below(tokens.size())];
+    if (other != tokens[at] && other.substr(0, 2) == tokens[at].substr(0, 2)) return other;
+  }
+  return any_token();
+}
+
 void Mutator::change_tokens(std::string& text) {
   Tokens tokens = split(text);
   if (tokens.empty()) return;
   const size_t at = below(tokens.size()), other = below(tokens.size());
   const auto place = tokens.begin() + static_cast<std::ptrdiff_t>(at);
-  switch (below(6)) {
+  switch (below(9)) {
     case 0:
       std::swap(tokens[at], tokens[other]);
       break;
@@ -137,8 +177,11 @@ void Mutator::change_tokens(std::string& text) {
     case 4:
       tokens[at] = tokens[other];
       break;
-    default:
+    case 5:
       tokens[at] = any_token();
+      break;
+    default:
+      tokens[at] = alike(tokens, at);
   }
   text.clear();
   for (const std::string& token : tokens) text += token;

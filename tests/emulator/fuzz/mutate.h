@@ -19,7 +19,9 @@ class Mutator {
 
   size_t below(size_t n) { return static_cast<size_t>(random_() % n); }
   const std::string& any_token();
+  const std::string& alike(const Tokens& tokens, size_t at);
   void change_bytes(std::string& text);
+  void change_lines(std::string& text);
   void change_tokens(std::string& text);
   std::string noise();
 

@@ -9,10 +9,11 @@ namespace emulator {
 
 // An arrival at an mbarrier by cp.async.mbarrier.arrive, once the copies that its thread had issued are done.
 struct Arrival {
-  Cta* cta;
+  Context context;
+  int lane;
   uint32_t barrier;
   std::string who;
-  std::vector<std::shared_ptr<Flight>> flights;
+  std::vector<std::weak_ptr<Flight>> flights;  // they own the arrival
   size_t left;
 };
 
@@ -20,11 +21,15 @@ namespace {
 
 using Flights = std::vector<std::shared_ptr<Flight>>;
 
-void post(Machine& machine, const std::shared_ptr<Arrival>& arrival) {
-  machine.pieces.push_back([&machine, arrival] {
-    auto& landed = arrival->cta->landed[arrival->barrier];
-    landed.insert(landed.end(), arrival->flights.begin(), arrival->flights.end());
-    mbarrier_add_pending(machine, *arrival->cta, arrival->barrier, -1, arrival->who);
+void post(const std::shared_ptr<Arrival>& arrival) {
+  arrival->context.machine.pieces.push_back([arrival] {
+    Context& c = arrival->context;
+    auto& landed = c.cta.landed[arrival->barrier];
+    for (const auto& flight : arrival->flights)
+      if (auto waiting = flight.lock()) landed.push_back(std::move(waiting));
+    // The copies were accesses of their thread.
+    race_arrive(c, 1u << arrival->lane, c.cta.races.mbarriers[arrival->barrier]);
+    mbarrier_add_pending(c.machine, c.cta, arrival->barrier, -1, arrival->who);
   });
 }
 
@@ -49,7 +54,7 @@ void land(Context c, int lane, const std::shared_ptr<Flight>& flight, uint64_t s
   if (held) hold_writes(c.cta, flight->target_offset, flight->bytes, 1, &c.instruction, "");
   flight->pieces = 0;
   for (const auto& arrival : flight->arrivals)
-    if (--arrival->left == 0) post(c.machine, arrival);
+    if (--arrival->left == 0) post(arrival);
   flight->arrivals.clear();
 }
 
@@ -154,7 +159,7 @@ Handler arrive(const Decoder& d) {
       const Place place = locate(c, lane, space, address.get(c, lane), 8, true);
       if (place.cta != &c.cta) fail(c, "the mbarrier is not in shared memory of the CTA");
       if (!counted) mbarrier_add_pending(c.machine, c.cta, place.offset, 1, who);
-      auto arrival = std::make_shared<Arrival>(Arrival{&c.cta, place.offset, who, {}, 0});
+      auto arrival = std::make_shared<Arrival>(Arrival{c, lane, place.offset, who, {}, 0});
       const auto track = [&](Flights& flights) {
         std::erase_if(flights, [](const auto& flight) { return !flight->held; });
         for (const auto& flight : flights) {
@@ -167,7 +172,7 @@ Handler arrive(const Decoder& d) {
       CopyGroups& groups = c.warp.async_copies[lane];
       for (Flights& flights : groups.committed) track(flights);
       track(groups.open);
-      if (arrival->left == 0) post(c.machine, arrival);
+      if (arrival->left == 0) post(arrival);
     });
     return Outcome::kNext;
   };

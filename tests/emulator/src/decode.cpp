@@ -26,7 +26,7 @@ int bytes_of(const std::string& type) {
   if (type == "pred") return 1;
   // Registers have no such types; instructions do.
   const uint64_t bytes = type == "bf16" ? 2 : type == "bf16x2" || type == "tf32" ? 4 : type_bytes(type);
-  if (bytes == 0 || bytes > 16) throw Error("no type of PTX: ." + type);
+  if (bytes == 0 || bytes > 16) throw std::invalid_argument("no type of PTX: ." + type);
   return static_cast<int>(bytes);
 }
 

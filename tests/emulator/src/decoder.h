@@ -109,7 +109,8 @@ Handler decode_copy(const Decoder& d);
 Handler decode_wgmma(const Decoder& d);
 Handler decode_mma(const Decoder& d);
 
-// Bytes of ".b32", ".bf16x2", ...; an Error for what is no type of PTX. A predicate has 1.
+// Bytes of ".b32", ".bf16x2", ...; a predicate has 1. Raises invalid_argument for what is no type of PTX, of which
+// decode() makes an Error with line and text.
 int bytes_of(const std::string& type);
 inline uint64_t mask_of(int bytes) { return bytes >= 8 ? ~0ull : (1ull << 8 * bytes) - 1; }
 

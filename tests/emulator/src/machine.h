@@ -126,7 +126,7 @@ struct Warp {
   uint64_t private_writes = 0;  // to local memory: they tell two turns of a loop apart
 
   uint32_t sleep = 0;         // scheduler rounds to sit out
-  bool slow = false;  // for a while
+  bool slow = false;          // for a while
   uint32_t blocked_pc = ~0u;  // the group that could not go on last time
   Wait wait;
   uint32_t wait_pc = 0;  // where it is blocked
@@ -171,7 +171,7 @@ struct Cta {
   std::array<NamedBarrier, 16> barriers;
   std::vector<Cta*> cluster;  // by rank, itself included
   int live_warps = 0;
-  bool slow = false;  // for a while
+  bool slow = false;   // for a while
   uint32_t sends = 0;  // copies in flight from its shared memory into that of the cluster
   // Copies that have arrived, by the mbarrier of which a phase tells of them.
   std::unordered_map<uint32_t, std::vector<std::shared_ptr<Flight>>> landed;

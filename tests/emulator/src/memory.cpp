@@ -2,6 +2,7 @@
 #include "memory.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <sstream>
 
@@ -273,17 +274,64 @@ Handler decode_store(const Decoder& d) {
   };
 }
 
+// createpolicy.fractional.L2::evict_x{.L2::evict_unchanged}.b64 policy{, fraction}: a hint for L2 without meaning here.
+// The bits are those that ptxas computes.
+Handler create_policy(const Decoder& d) {
+  static const std::map<std::string, uint64_t> kPolicies = {{"L2::evict_unchanged", 0x1000000000000000},
+                                                            {"L2::evict_first", 0x1200000000000000},
+                                                            {"L2::evict_last", 0x1400000000000000},
+                                                            {"L2::evict_normal", 0x1600000000000000}};
+  if (!d.take("fractional")) d.unknown("policy");
+  const auto found = kPolicies.find(d.next());
+  if (found == kPolicies.end()) d.unknown("policy");
+  if (!d.take("L2::evict_unchanged")) d.take("L2::evict_first");
+  if (!d.take("b64")) d.unknown("type");
+  d.expect_done();
+  const bool whole = d.instruction.operands.size() == 1;
+  d.operands(whole ? 1 : 2);
+  const Source fraction = whole ? Source{} : d.source(1);
+  return [=, policy = found->second, to = d.destination(0)](Context& c) {
+    for_lanes(c.mask, [&](int lane) {
+      const float share = whole ? 1 : std::bit_cast<float>(static_cast<uint32_t>(fraction.get(c, lane)));
+      if (!(share > 0 && share <= 1)) fail(c, "a fraction is above 0 and at most 1");
+      if (to >= 0) c.warp.reg(to)[lane] = policy | (std::max<uint64_t>(1, static_cast<uint64_t>(16 * share)) - 1) << 52;
+    });
+    return Outcome::kNext;
+  };
+}
+
+// prefetch, prefetchu, discard and applypriority: of a cache line, without effect here.
+Handler touch_line(const Decoder& d) {
+  static const std::set<std::string> kForms = {"prefetch.L1",
+                                               "prefetch.L2",
+                                               "prefetch.global.L1",
+                                               "prefetch.global.L2",
+                                               "prefetch.local.L1",
+                                               "prefetch.local.L2",
+                                               "prefetch.global.L2::evict_last",
+                                               "prefetch.global.L2::evict_normal",
+                                               "prefetchu.L1",
+                                               "discard.L2",
+                                               "discard.global.L2",
+                                               "applypriority.L2::evict_normal",
+                                               "applypriority.global.L2::evict_normal"};
+  std::string form = d.instruction.opcode;
+  while (!d.done()) form += "." + d.next();
+  if (!kForms.contains(form)) d.unknown("modifier");
+  d.operands(form.starts_with("prefetch") ? 1 : 2);
+  address_of(d, d.operand(0));
+  return [](Context&) { return Outcome::kNext; };
+}
+
 }  // namespace
 
 Handler decode_memory(const Decoder& d) {
   if (d.instruction.opcode == "ld" || d.instruction.opcode == "ldu") return decode_load(d);
   if (d.instruction.opcode == "st") return decode_store(d);
   if (is_tensor_map_prefetch(d.instruction)) return {};
-  if (d.instruction.opcode == "prefetch" || d.instruction.opcode == "prefetchu" || d.instruction.opcode == "discard" ||
-      d.instruction.opcode == "applypriority") {
-    d.used = d.instruction.modifiers.size();
-    return [](Context&) { return Outcome::kNext; };
-  }
+  static const std::set<std::string> kLines = {"prefetch", "prefetchu", "discard", "applypriority"};
+  if (kLines.contains(d.instruction.opcode)) return touch_line(d);
+  if (d.instruction.opcode == "createpolicy") return create_policy(d);
   return {};
 }
 

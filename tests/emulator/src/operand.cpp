@@ -28,7 +28,7 @@ Operand literal_of(const Constant& value) {
 void fit(const Lexer& lexer, Operand& literal, std::string_view type, int line) {
   const int bytes = static_cast<int>(type_bytes(type));
   const bool is_number = type == "f32" || type == "f64";
-  if (!is_number && (literal.bytes != bytes || type[0] != 'b')) {
+  if (!is_number && (literal.bytes != bytes || !type.starts_with('b'))) {
     lexer.fail(line, "a floating-point literal has no place in type ." + std::string(type));
   }
   if (literal.bytes != bytes) {
@@ -83,7 +83,8 @@ void Parser::guard(Instruction& instruction) {
 
 // Floating-point literals are of the type that the instruction names last: of its sources.
 void Parser::fit_literals(Instruction& instruction) {
-  const std::string type = instruction.modifiers.empty() ? "" : instruction.modifiers.back();
+  std::string type = instruction.modifiers.empty() ? "" : instruction.modifiers.back();
+  if (instruction.opcode == "createpolicy") type = "f32";  // of the fraction; the type named is the policy's
   for (Operand& operand : instruction.operands) {
     if (operand.kind == Kind::kFloat) fit(*this, operand, type, instruction.line);
     // What mov packs has its share of the size; elsewhere the type is of an element.
