@@ -182,11 +182,15 @@ void place_reachable(Code& code) {
   }
 }
 
-// kPacks: the result is undefined only where all that goes into it is.
 Touched::Undefined undefined_rule(const Instruction& instruction) {
   static const std::set<std::string> kPacking = {"mov", "prmt", "and", "or", "lop3", "bfi", "shl", "shr", "cvt"};
-  if (instruction.opcode == "selp") return Touched::Undefined::kSpreads;
-  return kPacking.contains(instruction.opcode) ? Touched::Undefined::kPacks : Touched::Undefined::kRaises;
+  static const std::set<std::string> kComputing = {
+      "add",  "sub",  "mul",  "mad",  "fma",  "div",  "rem", "neg",  "abs",   "min",     "max",   "set",
+      "setp", "selp", "slct", "not",  "xor",  "shf",  "bfe", "sad",  "rcp",   "sqrt",    "rsqrt", "ex2",
+      "lg2",  "sin",  "cos",  "tanh", "popc", "brev", "clz", "cnot", "bfind", "copysign"};
+  if (instruction.opcode == "shfl") return Touched::Undefined::kIgnored;
+  if (kPacking.contains(instruction.opcode)) return Touched::Undefined::kPacks;
+  return kComputing.contains(instruction.opcode) ? Touched::Undefined::kSpreads : Touched::Undefined::kRaises;
 }
 
 Handler decode_one(const Decoder& d) {

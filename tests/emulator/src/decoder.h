@@ -38,8 +38,10 @@ struct Placed {
 // The registers an instruction touches, so that the machine can check them before it runs.
 struct Touched {
   std::vector<int> reads, writes;
-  // Compilers leave parts of a value undefined that nobody will use, so moving and packing such values is legal.
-  enum class Undefined : uint8_t { kRaises, kSpreads, kPacks } undefined = Undefined::kRaises;
+  // Compilers let lanes compute with values that are undefined there and of which nobody will use the result, so only
+  // what acts on the world raises: addresses, stores, guards, barriers. kPacks: the result is undefined only where all
+  // that goes into it is. kIgnored: shfl, whose result is another lane's.
+  enum class Undefined : uint8_t { kRaises, kSpreads, kPacks, kIgnored } undefined = Undefined::kRaises;
   bool defines = false;  // keeps Warp::defined of its results itself: loads
   bool owns = false;     // checks its registers itself: wgmma
 };

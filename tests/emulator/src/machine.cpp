@@ -96,6 +96,7 @@ std::string lanes_text(uint32_t mask) { return (std::ostringstream() << "0x" << 
 
 // The lanes of `mask` in which the result of an instruction that handles undefined values is undefined.
 uint32_t check_reads(const Context& c, const Touched& touched) {
+  if (touched.undefined == Touched::Undefined::kIgnored) return 0;
   uint32_t some = 0, all = c.mask;
   for (int index : touched.reads) {
     const uint32_t missing = c.mask & ~c.warp.defined[index];
