@@ -11,6 +11,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction, mangle_type
 
+# Triton 3.6 lets wgmma read what cp.async wrote with no fence.proxy.async in between, which the emulator reports.
+NO_PROXY_FENCE = (
+    "Triton below 3.9 leaves out the proxy fence between cp.async and wgmma"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+    else None
+)
+
 
 class Recorder:
     """Takes a kernel's place in its module and keeps the launch: its grid and what it was called with."""

@@ -17,9 +17,13 @@ if any(param.marks[-1].args[0] for param in backend_params(["triton_interpreter"
 import triton.language as tl
 import triton_matmuls as kernels
 from emulator import EmulationError
+from recorder import NO_PROXY_FENCE
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_launch import Emulated, Run, run_params
+
+if NO_PROXY_FENCE:
+    pytest.skip(NO_PROXY_FENCE, allow_module_level=True)
 
 E4M3, E5M2, BF16, F16, F32 = torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float16, torch.float32
 I8, I32 = torch.int8, torch.int32

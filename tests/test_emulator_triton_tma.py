@@ -12,8 +12,12 @@ from emulator import Machine, TensorMap
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+from recorder import NO_PROXY_FENCE
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+if NO_PROXY_FENCE:
+    pytest.skip(NO_PROXY_FENCE, allow_module_level=True)
 
 M, N, K = 128, 256, 384
 TILE = (64, 128, 128)
