@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 
 # Triton 3.6 lets wgmma read what cp.async wrote with no fence.proxy.async in between, which the emulator reports.
 NO_PROXY_FENCE = (
-    "Triton below 3.9 leaves out the proxy fence between cp.async and wgmma"
+    "Triton 3.6 leaves out the proxy fence between cp.async and wgmma; 3.9 has it, 3.7 and 3.8 were not tried"
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
     else None
 )
