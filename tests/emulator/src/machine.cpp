@@ -400,7 +400,6 @@ std::string describe(const Wait& wait) {
     case Wait::For::kGrid:
       text << ": waits for the launch before this one to end";
       break;
-    case Wait::For::kOther:
     case Wait::For::kNothing:
       break;
   }

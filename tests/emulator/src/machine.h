@@ -73,8 +73,7 @@ struct Wait {
     kBulkGroup,
     kWgmma,
     kRegisters,
-    kGrid,
-    kOther
+    kGrid
   };
   For what = For::kNothing;
   Cta* cta = nullptr;
