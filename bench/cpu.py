@@ -1,75 +1,155 @@
-"""The CPU reference beside what torch takes for as much arithmetic or memory, the cost of a call and of the import."""
+"""The CPU ops beside what torch takes for as much arithmetic or memory, the cost of a call and of the import."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 import fastfp8
-from fastfp8.layout import BLOCKS
+from fastfp8 import ScaledTensor
+from fastfp8.layout import BLOCK, BLOCKS, Block
 
-from . import Case, Row, measure_cases, row_from_samples
+from .case import Case, Computed, Contestant, Session, Subject, Telemetry, Work, turns
+from .imports import measure as measure_imports
+from .rows import Row
 
-# Bars, as a ratio to the baseline or absolute; each leaves room for a busy machine.
+# Bars, each with room for a busy machine. The first two are ratios to the peer, the others are not: what a call and the
+# import cost is felt as such.
 GEMM_RATIO = 3.0
 QUANTIZE_RATIO = 12.0
 CALL_US = 60.0
 IMPORT_S = 0.3
 
-_IMPORT = """
-import json, sys, time
-import torch
-before = set(sys.modules)
-start = time.perf_counter()
-import fastfp8
-elapsed = time.perf_counter() - start
-triton = sum(name.split(".")[0] == "triton" for name in set(sys.modules) - before)
-print(json.dumps([elapsed, triton]))
-"""
+# Of the standard library: as long an import as ours, and one that reads as many files.
+IMPORT_PEER = "asyncio"
+CALLS = 500  # that make one sample of an op's call
 
 
-def cases(tiny: bool) -> list[Case]:
+def works(tiny: bool) -> list[Work]:
+    """``tiny`` has no bars on times."""
     size = 64 if tiny else 2048
     rows, cols = (8, 256) if tiny else (4096, 7168)
-    left, right = torch.randn(size, size), torch.randn(size, size)
-    a, b = fastfp8.quantize(left), fastfp8.quantize(right, (128, 128))
-    x = torch.randn(rows, cols).bfloat16()
-    small = torch.randn(1, 128)
-    t = fastfp8.quantize(x)
     square, wide = f"{size}x{size}x{size}", f"{rows}x{cols}"
-    mm, clone = ("torch.mm float32", lambda: left @ right), ("clone bfloat16", x.clone)
-    found = [Case("gemm", square, lambda: fastfp8.gemm(a, b), mm, GEMM_RATIO)]
-    for block in BLOCKS:
-        name = f"quantize {block[0]}x{block[1]}"
-        found.append(Case(name, wide, lambda block=block: fastfp8.quantize(x, block), clone, QUANTIZE_RATIO))  # type: ignore[misc]
-    found.append(Case("dequantize 1x128", wide, lambda: fastfp8.dequantize(t), clone))
-    found.append(
-        Case(
-            "torch.ops.fastfp8.quantize", "1x128", lambda: torch.ops.fastfp8.quantize(small), None, CALL_US, "us", 1000
-        )
-    )
-    return found
 
+    def case(op: str, shape: str, build: Callable[[], Subject], priority: int, **more: Any) -> Case:
+        made = Case("cpu", op, shape, "cpu", build, priority, **more)
+        return dataclasses.replace(made, bar=None) if tiny else made
 
-def measure_import(samples: int) -> list[Row]:
-    """The time of ``import fastfp8`` after ``import torch`` in fresh processes, and the Triton modules it imports."""
-    times, triton = [], []
-    for _ in range(samples):
-        command = [sys.executable, "-c", _IMPORT]
-        out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
-        elapsed, modules = json.loads(out.stdout)
-        times.append(elapsed)
-        triton.append(float(modules))
-    return [
-        row_from_samples("import fastfp8, beyond torch", "", "s", times, IMPORT_S),
-        row_from_samples("Triton modules it imports", "", "modules", triton, 0.0),
+    gemm, call = functools.partial(_gemm, size), {"unit": "us", "bar": CALL_US, "bar_on": "median"}
+    found: list[Work] = [
+        case("gemm", square, gemm, 0, bar=GEMM_RATIO),
+        case("torch.ops.fastfp8.quantize", "1x128", _call, 0, **call),
+        Import(case("import fastfp8, beyond torch", "", _imports, 1, unit="s", bar=IMPORT_S, bar_on="median")),
+        Computed("Triton modules it imports", "", _triton_rows, 2),
     ]
+    for block in BLOCKS:
+        quantize, priority = functools.partial(_quantize, rows, cols, block), 0 if block == (1, BLOCK) else 1
+        found.append(case(f"quantize {block[0]}x{block[1]}", wide, quantize, priority, bar=QUANTIZE_RATIO))
+    return [*found, case("dequantize 1x128", wide, functools.partial(_dequantize, rows, cols), 2)]
 
 
-def measure(samples: int, tiny: bool) -> list[Row]:
-    """All rows of the family; ``tiny`` shrinks the shapes until the times mean nothing."""
-    return measure_cases(cases(tiny), samples) + measure_import(1 if tiny else samples)
+def _gemm(size: int) -> Subject:
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    a, b = fastfp8.quantize(left), fastfp8.quantize(right, (BLOCK, BLOCK))
+
+    def check(out: Tensor) -> None:
+        exact = fastfp8.dequantize(a, torch.float32) @ fastfp8.dequantize(b, torch.float32).T
+        error = (out.float() - exact).norm() / exact.norm()
+        assert error < 2**-8, f"off by {error:.2g} of the norm"
+
+    ours = Contestant("fastfp8", lambda _: fastfp8.gemm(a, b), check)
+    return Subject([ours, Contestant("torch.mm float32", lambda _: left @ right)], flops=2.0 * size**3)
+
+
+@functools.cache
+def _activations(rows: int, cols: int) -> Tensor:
+    return torch.randn(rows, cols).bfloat16()
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Contestant:
+    """Into memory that is there: fresh pages, which an allocation may need or not, are worth 4x (measured)."""
+    out = torch.empty_like(x, dtype=dtype)
+    return Contestant(f"cast to {str(dtype).removeprefix('torch.')}", lambda _: out.copy_(x))
+
+
+def _quantize(rows: int, cols: int, block: Block) -> Subject:
+    x = _activations(rows, cols)
+    check = functools.partial(_check_quantized, x)
+    ours = Contestant("fastfp8", lambda _: fastfp8.quantize(x, block), check)
+    return Subject([ours, _cast(x, torch.float8_e4m3fn)])
+
+
+def _check_quantized(x: Tensor, got: ScaledTensor) -> None:
+    """Rounding to 3 bits of mantissa, and below the least normal number to a multiple of 2^-9 of the scale."""
+    error = (fastfp8.dequantize(got, torch.float32) - x.float()).abs()
+    bound = x.float().abs() / 16 + got.scale.max() * 2.0**-10
+    assert (error <= bound * 1.001).all(), "codes and scales do not give the input back"
+
+
+def _dequantize(rows: int, cols: int) -> Subject:
+    x = _activations(rows, cols)
+    t = fastfp8.quantize(x)
+
+    def check(out: Tensor) -> None:
+        exact = t.data.float() * t.scale.repeat_interleave(BLOCK, 1)[:, :cols]
+        assert torch.equal(out, exact.bfloat16()), "not the product of code and scale"
+
+    ours = Contestant("fastfp8", lambda _: fastfp8.dequantize(t), check)
+    return Subject([ours, _cast(t.data, torch.bfloat16)])
+
+
+def _call() -> Subject:
+    """On so small a tensor that the time is what it takes to get to the arithmetic and back."""
+    x = torch.randn(1, BLOCK)
+
+    def plain(_: int) -> tuple[Tensor, Tensor]:
+        scale = x.abs().amax(1, keepdim=True) / 448.0
+        return (x / scale).to(torch.float8_e4m3fn), scale
+
+    def check(out: tuple[Tensor, Tensor]) -> None:
+        _check_quantized(x, ScaledTensor(out[0], out[1], (1, BLOCK)))
+
+    ours = Contestant("fastfp8", lambda _: torch.ops.fastfp8.quantize(x), check, CALLS)
+    return Subject([ours, Contestant("the same in five torch ops", plain, check, CALLS)])
+
+
+def _imports() -> Subject:
+    names = ("fastfp8", IMPORT_PEER)
+    return Subject([Contestant(name, lambda _, name=name: importlib.import_module(name)) for name in names])  # type: ignore[misc]
+
+
+class ImportTimer:
+    """Imports the modules that contestants are named after, in fresh processes. The first round is not counted."""
+
+    telemetry: Telemetry | None = None
+
+    def time(self, subject: Subject, rounds: int) -> list[list[float]]:
+        names = [c.backend for c in subject.contestants]
+        orders = [[names[i] for i in order] for order in turns(len(names), rounds + 1)]
+        taken = [{one["module"]: one["seconds"] for one in found} for found in measure_imports(orders)[1:]]
+        return [[found[name] for found in taken] for name in names]
+
+
+@dataclasses.dataclass(frozen=True)
+class Import:
+    """A case with a timer of its own."""
+
+    case: Case
+    op = property(lambda self: self.case.op)
+    shape = property(lambda self: self.case.shape)
+    priority = property(lambda self: self.case.priority)
+
+    def measure(self, session: Session) -> list[Row]:
+        return self.case.measure(dataclasses.replace(session, timers={"cpu": ImportTimer()}))
+
+
+def _triton_rows(_: Session) -> list[Row]:
+    count = float(measure_imports([["fastfp8"]])[0][0]["triton"])
+    where = ("cpu", "Triton modules it imports", "", "fastfp8", "cpu", "modules")
+    return [Row(*where, count, count, count, bar=0.0)]

@@ -133,7 +133,11 @@ class Emulator:
         num_sms: so few by default that a CTA walks several tiles.
         seed: of the timing of the first launch; the following ones differ.
         tile_n, cluster: None is what the planner selects.
+
+    ``counters`` are those of the last launch.
     """
+
+    counters: Any = None
 
     def __init__(self, num_sms: int = 3, seed: int = 0, tile_n: int | None = None, cluster: int | None = None) -> None:
         import emulator
@@ -170,7 +174,7 @@ class Emulator:
         # Triton adds pointers to two scratch areas, which these kernels do not use.
         args = [*recorder.runtime_args, None, None]
         block = (32 * recorder.kwargs["num_warps"], 1, 1)
-        kernel.launch((*recorder.grid, 1, 1)[:3], block, (1, 1, 1), compiled.metadata.shared, args)
+        self.counters = kernel.launch((*recorder.grid, 1, 1)[:3], block, (1, 1, 1), compiled.metadata.shared, args)
         return out
 
     def gemm(
@@ -190,7 +194,7 @@ class Emulator:
         return _C.GemmProblem(*views, b.block, dtype, None if c is None else _view(c), self._num_sms)
 
     def gemm_into(self, out: Tensor, a: ScaledTensor, b: ScaledTensor, c: Tensor | None = None) -> Any:
-        """Writes a contiguous ``out``. Returns the counters of the launch, or None where there is nothing to launch."""
+        """Writes a contiguous ``out``. Returns the launch's counters, or None where there is nothing to launch."""
         a, b = (ScaledTensor._trusted(_aligned(t.data), _aligned(t.scale), t.block) for t in (a, b))
         c = None if c is None else _aligned(c)
         problem = self._problem(a, b, out.dtype, c)
@@ -201,7 +205,8 @@ class Emulator:
             wanted = (self._tile_n, self._cluster or 1)
             config = next(c for c, _ in _C.gemm_candidates(problem) if (c.tile_n, c.cluster) == wanted)
         tensors = {"a": a.data, "a_scale": a.scale, "b": b.data, "b_scale": b.scale, "out": out, "c": c}
-        return self._run_plan(_C.gemm_plan(problem, config), tensors, self._machine)
+        self.counters = self._run_plan(_C.gemm_plan(problem, config), tensors, self._machine)
+        return self.counters
 
 
 def _no_emulator() -> str | None:

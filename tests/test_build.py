@@ -5,14 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import build_kernels as build
 import pytest
 
 import fastfp8
+from bench import sass
+from bench.case import Unavailable
 from fastfp8 import _C, backends
 from fastfp8.backends import KERNELS
 
@@ -38,43 +38,35 @@ def test_register_budget(module, kernel):
     assert use == {"registers": 168, "stack": 0, "spill_bytes": 0}
 
 
-def nvdisasm():
-    """It comes inside the triton package."""
-    found = sorted(Path(find_spec("triton").origin).parent.rglob("nvdisasm")) if find_spec("triton") else []
-    program = str(found[0]) if found else shutil.which("nvdisasm")
-    if program is None:
-        pytest.skip("no nvdisasm: it comes with the triton package or a CUDA toolkit")
-    return program
-
-
-def sass(module, kernel):
-    text = subprocess.run(
-        [nvdisasm(), "-c", KERNELS / f"{module}.cubin"], capture_output=True, text=True, check=True
-    ).stdout
-    section = re.search(rf"\.section\s+\.text\.{kernel},.*?(?=\.section\s|\Z)", text, re.S)[0]
-    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", section, re.M)
+def code_of(module, kernel):
+    try:
+        return sass.code(KERNELS / f"{module}.cubin", kernel)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.mark.parametrize(("module", "kernel"), ALL)
 def test_sass_of_the_mainloop(module, kernel):
     """Four wgmma a k-block, one FFMA a product to promote and no more multiplications than the scales need."""
     tile_n = int(kernel.rsplit("_n", 1)[1].removesuffix("_c2"))
-    code = sass(module, kernel)
-    count = Counter(name.split(".")[0] for name, _ in code)
+    code = code_of(module, kernel)
+    count = code.opcodes
     assert count["LDL"] + count["STL"] == 0, "local memory"
-    matrix = [name + rest for name, rest in code if name.startswith("QGMMA")]
+    matrix = [i.name + i.operands for i in code.instructions if i.opcode == "QGMMA"]
     assert len(matrix) == 4
     assert all(f"QGMMA.64x{tile_n}x32.F32.E4M3.E4M3" in line for line in matrix)
     assert "!UPT" in matrix[0], "the first of a k-block starts from zero"
     assert all("!UPT" not in line for line in matrix[1:])
     assert count["FFMA"] == tile_n // 2, "promotion: one FFMA for each of a thread's accumulators"
+    loop = [i.opcode for i in code.loop("QGMMA")]
+    assert (loop.count("QGMMA"), loop.count("FFMA")) == (4, tile_n // 2)
     by_row = "_row_" in kernel
     assert count["FMUL"] == (tile_n // 2 if by_row else 2), "scale_a * scale_b"
     assert count["UTMALDG"] == (4 if by_row else 3)
     cluster = kernel.endswith("_c2")
-    assert sum("MULTICAST" in name for name, _ in code) == cluster
+    assert sum("MULTICAST" in i.name for i in code.instructions) == cluster
     assert count["UCGABAR_ARV"] == (2 if cluster else 0), "clusters meet at the start and at the end only"
-    assert sum(name == "MEMBAR.ALL.GPU" for name, _ in code) == (2 if cluster else 0), "none in the main loop"
+    assert sum(i.name == "MEMBAR.ALL.GPU" for i in code.instructions) == (2 if cluster else 0), "none in the main loop"
     assert count["UTMASTG"] == (0 if "_f32_" in kernel else max(1, tile_n // 64))
     assert count["STSM"] == (0 if "_f32_" in kernel else tile_n // 16)
     assert count["USETMAXREG"] >= 2

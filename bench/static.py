@@ -1,0 +1,209 @@
+"""What the compiler made of the kernels, and what the planner's model says of real shapes. Nothing here is a time.
+
+Rows of kind "static" are read off cubins, of the sm_90a kernels as built and of the Triton kernels as compiled here for
+sm_90; rows of kind "modelled" are what csrc/gemm/select.cpp predicts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from fastfp8 import _C
+from fastfp8.backends import KERNELS, built_kernels
+from fastfp8.layout import BLOCK, BLOCKS, Block, empty_scale, scale_shape
+
+from . import sass
+from .borrowed import borrow
+from .case import Computed, Session, Unavailable, Work
+from .rows import Row
+from .shapes import DEEPSEEK_V3, Linear
+
+SMS = 132  # of an H100 or H200 SXM
+BATCHES = (1, 64, 128, 1024, 4096)
+ROW, SQUARE = (1, BLOCK), (BLOCK, BLOCK)
+
+# What each thread may have: 384 threads of 168 registers are all that an SM has, and nothing may spill.
+BARS = {"registers": 168.0, "bytes of stack": 0.0, "bytes of spills": 0.0, "LDL and STL": 0.0}
+MODEL_NOTE = f"{SMS} SMs; the model's constants are what others measured on an H100"
+# Opcodes of a kernel that are worth a row: tensor core, promotion, scaling, fences, barriers, local memory.
+OPCODES = {
+    "QGMMA": ("QGMMA",),
+    "FFMA": ("FFMA", "FFMA2"),
+    "FMUL": ("FMUL", "FMUL2"),
+    "MEMBAR": ("MEMBAR",),
+    "BAR and SYNCS": ("BAR", "SYNCS"),
+    "LDL and STL": ("LDL", "STL"),
+}
+
+
+def works(tiny: bool) -> list[Work]:
+    """``tiny`` takes one module of ours, one Triton kernel and one batch."""
+    modules = list(built_kernels().get("modules", {}).items())[: 1 if tiny else None]
+    kernels = [(module, kernel) for module, made in modules for kernel in made]
+    found: list[Work] = [Computed(kernel, "", functools.partial(_built, module, kernel)) for module, kernel in kernels]
+    if not found:
+        found.append(Computed("kernels", "", _nothing_built))
+    for linear in DEEPSEEK_V3:
+        for m in BATCHES[: 1 if tiny else None]:
+            found.append(Computed("gemm", linear.shape(m), functools.partial(_modelled, linear, m), 1))
+    for op, shape, launch in list(triton_launches())[: 1 if tiny else None]:
+        found.append(Computed(op, shape, functools.partial(_triton, op, shape, launch), 2))
+    return found
+
+
+def _nothing_built(_: Session) -> list[Row]:
+    raise Unavailable(f"no kernels were built: {KERNELS} has no build.json")
+
+
+CUDA, TRITON = "fastfp8 sm_90a", "fastfp8 Triton"  # backends
+
+
+def _rows(op: str, shape: str, backend: str, values: dict[str, float], note: str | None) -> list[Row]:
+    rows = [Row("static", op, shape, backend, "static", unit, *(float(v),) * 3) for unit, v in values.items()]
+    bars = BARS if backend == CUDA else {}
+    return [dataclasses.replace(row, bar=bars.get(row.unit), note=note) for row in rows]
+
+
+def _built(module: str, kernel: str, _: Session) -> list[Row]:
+    made = built_kernels()["modules"][module][kernel]
+    values = {
+        "registers": made["registers"],
+        "bytes of stack": made["stack"],
+        "bytes of spills": made["spill_bytes"],
+        "bytes of shared memory": plans()[kernel].shared_bytes,
+    }
+    more, note = _instructions(KERNELS / f"{module}.cubin", kernel)
+    return _rows(kernel, "", CUDA, values | more, note)
+
+
+def _instructions(cubin: Path, kernel: str) -> tuple[dict[str, float], str | None]:
+    """Counts by unit; without a disassembler none, and a note that says so."""
+    try:
+        code = sass.code(cubin, kernel)
+    except Unavailable as reason:
+        return {}, str(reason)
+    counts: dict[str, float] = {"instructions": len(code.instructions) - code.opcodes["NOP"]}  # which pad the end
+    if loop := code.loop("QGMMA"):
+        counts["instructions of the main loop"] = len(loop)
+    for unit, opcodes in OPCODES.items():
+        counts[unit] = sum(code.opcodes[opcode] for opcode in opcodes)
+    return counts, None
+
+
+# Of the planner.
+
+
+def problem(
+    m: int, n: int, k: int, b_block: Block = SQUARE, out_dtype: str = "bfloat16", num_sms: int = SMS
+) -> _C.GemmProblem:
+    """A product as the planner sees it, of tensors that are nowhere."""
+    operands = []
+    for rows, block in ((m, ROW), (n, b_block)):
+        data = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device="meta")
+        operands += [_view(data), _view(empty_scale(data, scale_shape(rows, k, block), block))]
+    a, a_scale, b, b_scale = operands
+    return _C.GemmProblem(a, a_scale, b, b_scale, b_block, out_dtype, None, num_sms)
+
+
+def _view(t: torch.Tensor) -> _C.TensorView:
+    """At an address that is aligned as the kernels want it."""
+    return _C.TensorView(str(t.dtype).removeprefix("torch."), list(t.shape), list(t.stride()), 0, 1 << 20)
+
+
+@functools.cache
+def plans() -> dict[str, _C.LaunchPlan]:
+    """A launch of each instance of the GEMM kernel, by the kernel's name."""
+    found = {}
+    for b_block in (SQUARE, ROW):
+        for out_dtype in ("bfloat16", "float32"):
+            asked = problem(2 * BLOCK, 2 * BLOCK, 4 * BLOCK, b_block, out_dtype)
+            for config, _ in _C.gemm_candidates(asked):
+                plan = _C.gemm_plan(asked, config)
+                found[plan.kernel] = plan
+    return found
+
+
+def describe(config: _C.GemmConfig) -> str:
+    """In a few words, for a row."""
+    tile, cluster = f"{config.tile_m}x{config.tile_n}x{config.tile_k}", f", cluster {config.cluster}"
+    return f"{tile}, {config.stages} stages{cluster if config.cluster > 1 else ''}, {config.grid} CTAs"
+
+
+def _modelled(linear: Linear, m: int, _: Session) -> list[Row]:
+    config = _C.gemm_select(problem(m, linear.n, linear.k))
+    row = Row("static", "gemm", linear.shape(m), CUDA, "modelled", "cycles", *(config.cycles,) * 3)
+    note = f"{linear.model}, {linear.layer}; {MODEL_NOTE}"
+    return [dataclasses.replace(row, config=describe(config), note=note)]
+
+
+# Of Triton.
+
+Launch = Callable[[], tuple[Any, str, Callable[[], Any]]]  # module, its kernel's name, the host function to call
+
+
+def triton_launches() -> list[tuple[str, str, Launch]]:
+    """Op, shape and a launch of each Triton kernel that differs in its code, on 256 rows but for gemm's small tile."""
+    found: list[tuple[str, str, Launch]] = []
+    for block in BLOCKS:
+        name = f"{block[0]}x{block[1]}"
+        found.append(("quantize_kernel", name, functools.partial(_quantize, block)))
+        found.append(("dequantize_kernel", name, functools.partial(_dequantize, block)))
+    for m in (16, 256):
+        for block in (SQUARE, ROW):
+            found.append(("gemm_kernel", f"{m} rows, B {block[0]}x{block[1]}", functools.partial(_gemm, m, block)))
+    return found
+
+
+def _scaled(rows: int, block: Block) -> tuple[torch.Tensor, torch.Tensor]:
+    data = torch.zeros(rows, 512, dtype=torch.float8_e4m3fn)
+    return data, empty_scale(data, scale_shape(rows, 512, block), block).fill_(1.0)
+
+
+def _quantize(block: Block) -> tuple[Any, str, Callable[[], Any]]:
+    from fastfp8.triton_kernels import quantize
+
+    x = torch.zeros(256, 512, dtype=torch.bfloat16)
+    return quantize, "quantize_kernel", functools.partial(quantize.quantize, x, block, False, 0.0)
+
+
+def _dequantize(block: Block) -> tuple[Any, str, Callable[[], Any]]:
+    from fastfp8.triton_kernels import dequantize
+
+    host = functools.partial(dequantize.dequantize, *_scaled(256, block), block, torch.bfloat16)
+    return dequantize, "dequantize_kernel", host
+
+
+def _gemm(m: int, block: Block) -> tuple[Any, str, Callable[[], Any]]:
+    from fastfp8.triton_kernels import gemm
+
+    operands = (*_scaled(m, ROW), *_scaled(256, block))
+    return gemm, "gemm_kernel", functools.partial(gemm.gemm, *operands, block, torch.bfloat16, None)
+
+
+def _triton(op: str, shape: str, launch: Launch, _: Session) -> list[Row]:
+    """Compiled as the host function would have it on an sm_90 GPU."""
+    recorders = borrow("recorder")
+    try:
+        module, name, host = launch()
+    except ImportError as error:
+        raise Unavailable(f"{error.name} is not installed") from error
+    recorder = recorders.Recorder(getattr(module, name))
+    with mock.patch.object(module, name, recorder):
+        host()
+    compiled = recorder.compile(90)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / f"{name}.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        used = sass.resources(cubin, name)
+        values = {"registers": used["REG"], "bytes of stack": used["STACK"]}
+        more, note = _instructions(cubin, name)
+    more = {unit: count for unit, count in more.items() if count or unit in BARS}
+    return _rows(op, shape, TRITON, values | {"bytes of shared memory": compiled.metadata.shared} | more, note)
