@@ -101,7 +101,7 @@ def _backends() -> ModuleType:
 
 # Its speed.
 
-TILE_KERNEL = "gemm_sm90_block_bf16_n128"
+TILE_KERNEL = "gemm_sm90_block_bf16_128x128"
 
 
 def _alu(turns: int) -> Subject:
@@ -137,7 +137,7 @@ def _alu_by_numpy(turns: int) -> np.ndarray[Any, np.dtype[np.int32]]:
 def _tile(k: int) -> Subject:
     a, b = _operands(128, 128, k, SQUARE)
     out = torch.empty(128, 128, dtype=torch.bfloat16)
-    emulator = _backends().Emulator(1, tile_n=128)
+    emulator = _backends().Emulator(1, config="128x128")
 
     def ours(_: int) -> Tensor:
         emulator.gemm_into(out.fill_(torch.nan), a, b)
@@ -176,11 +176,11 @@ def _check_bits(got: Tensor, a: ScaledTensor, b: ScaledTensor) -> None:
 def counted(kernel: str) -> dict[str, float]:
     """Of one launch of an instance of the GEMM kernel, by the unit of the row. Its result is checked bit for bit."""
     backends = _backends()
-    _, _, by, dtype, tile, *cluster = kernel.split("_")  # gemm_sm90_block_bf16_n128_c2
+    _, _, by, dtype, *config = kernel.split("_")  # gemm_sm90_block_bf16_128x128_pair
     a, b = _operands(M, N, K, SQUARE if by == "block" else (1, BLOCK))
     out_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     out = torch.full((M, N), torch.nan, dtype=out_dtype)
-    emulator = backends.Emulator(SMS, SEED, int(tile[1:]), int(cluster[0][1:]) if cluster else 1)
+    emulator = backends.Emulator(SMS, SEED, " ".join(config))
     counters = emulator.gemm_into(out, a, b)
     _check_bits(out, a, b)
     return _by_unit(counters)

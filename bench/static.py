@@ -133,8 +133,9 @@ def plans() -> dict[str, _C.LaunchPlan]:
 
 def describe(config: _C.GemmConfig) -> str:
     """In a few words, for a row."""
-    tile, cluster = f"{config.tile_m}x{config.tile_n}x{config.tile_k}", f", cluster {config.cluster}"
-    return f"{tile}, {config.stages} stages{cluster if config.cluster > 1 else ''}, {config.grid} CTAs"
+    cluster = f", clusters of {config.cluster}" if config.cluster > 1 else ""
+    segments = f", {config.segments} segments of K" if config.segments > 1 else ""
+    return f"{config.name}, {config.stages} stages{cluster}{segments}, {config.grid} CTAs"
 
 
 def _modelled(linear: Linear, m: int, _: Session) -> list[Row]:

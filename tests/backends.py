@@ -132,17 +132,17 @@ class Emulator:
     Args:
         num_sms: so few by default that a CTA walks several tiles.
         seed: of the timing of the first launch; the following ones differ.
-        tile_n, cluster: None is what the planner selects.
+        config: as "64x128" or "128x128 pair"; None is what the planner selects.
 
     ``counters`` are those of the last launch.
     """
 
     counters: Any = None
 
-    def __init__(self, num_sms: int = 3, seed: int = 0, tile_n: int | None = None, cluster: int | None = None) -> None:
+    def __init__(self, num_sms: int = 3, seed: int = 0, config: str | None = None) -> None:
         import emulator
 
-        self._num_sms, self._tile_n, self._cluster = num_sms, tile_n, cluster
+        self._num_sms, self._config = num_sms, config
         self._machine, self._run_plan = emulator.Machine(seed), emulator.run_plan
 
     def quantize(self, x: Tensor, block: Block = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0) -> ScaledTensor:
@@ -201,9 +201,8 @@ class Emulator:
         if not out.numel():
             return None
         config = _C.gemm_select(problem)
-        if self._tile_n is not None:
-            wanted = (self._tile_n, self._cluster or 1)
-            config = next(c for c, _ in _C.gemm_candidates(problem) if (c.tile_n, c.cluster) == wanted)
+        if self._config is not None:
+            config = next(c for c, _ in _C.gemm_candidates(problem) if c.name == self._config)
         tensors = {"a": a.data, "a_scale": a.scale, "b": b.data, "b_scale": b.scale, "out": out, "c": c}
         self.counters = self._run_plan(_C.gemm_plan(problem, config), tensors, self._machine)
         return self.counters

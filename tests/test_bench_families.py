@@ -159,11 +159,12 @@ def test_static_rows_of_the_code() -> None:
         pytest.skip("no triton package, from which the disassembler comes")
     found = {(row.op, row.shape, row.unit): row.median for row in rows}
     for kernel in static.plans():
-        tile = int(kernel.split("_n")[1].split("_")[0])
+        tile_m, tile_n = map(int, kernel.split("_")[4].split("x"))
+        columns = tile_n // 2 if tile_m == 64 else tile_n  # of one consumer
         assert found[kernel, "", "QGMMA"] == 4
-        assert found[kernel, "", "FFMA"] == tile // 2
+        assert found[kernel, "", "FFMA"] == columns // 2
         assert found[kernel, "", "LDL and STL"] == 0
-        assert tile // 2 < found[kernel, "", "instructions of the main loop"] < found[kernel, "", "instructions"] / 2
+        assert columns // 2 < found[kernel, "", "instructions of the main loop"] < found[kernel, "", "instructions"]
     triton = {(op, shape) for op, shape, _ in found if op.endswith("_kernel")}
     assert len(triton) == 10
     for op, shape in triton:
@@ -189,7 +190,7 @@ def test_without_a_disassembler_the_budgets_remain(monkeypatch: pytest.MonkeyPat
     sass._disassembly.cache_clear()
     rows, not_run = measure(static.works(tiny=True), "static")
     sass._disassembly.cache_clear()
-    (registers,) = (r for r in rows if r.op == "gemm_sm90_block_bf16_n64" and r.unit == "registers")
+    (registers,) = (r for r in rows if r.op == "gemm_sm90_block_bf16_64x64" and r.unit == "registers")
     assert (registers.median, registers.note) == (168, "no nvdisasm")
     assert not [r for r in rows if r.unit == "instructions"]
     assert not any(n.failed for n in not_run)
@@ -263,7 +264,7 @@ def test_shapes_are_what_gemm_takes(linear: shapes.Linear) -> None:
 @needs_emulator
 def test_counts_are_those_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same in every run, and close in a run at other times: a change beyond that is the kernel's."""
-    kernel = "gemm_sm90_block_bf16_n128"
+    kernel = "gemm_sm90_block_bf16_128x128"
     first = emulator.counted(kernel)
     assert first == emulator.counted(kernel)
     monkeypatch.setattr(emulator, "SEED", 1)
@@ -276,7 +277,7 @@ def test_counts_are_those_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_emulator
 def test_a_cluster_loads_b_once() -> None:
-    alone, cluster = (emulator.counted(f"gemm_sm90_row_f32_n128{name}") for name in ("", "_c2"))
+    alone, cluster = (emulator.counted(f"gemm_sm90_row_f32_128x128{name}") for name in ("", "_pair"))
     blocks = emulator.K // 128
     b = (emulator.N * emulator.K) * (emulator.M // 128)  # once for each row of tiles
     scales = 4 * blocks * (emulator.M * emulator.N // 128 * 2)
@@ -289,7 +290,7 @@ def test_a_cluster_loads_b_once() -> None:
 def test_a_kernel_with_other_bits_gets_no_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emulator.tensor_core, "gemm", lambda *_: torch.zeros(256, 256, dtype=torch.bfloat16))
     with pytest.raises(AssertionError, match="bits of the model"):
-        emulator.counted("gemm_sm90_block_bf16_n128")
+        emulator.counted("gemm_sm90_block_bf16_128x128")
 
 
 @needs_emulator

@@ -25,7 +25,7 @@ ALL = [(module, kernel) for module, kernels in BUILT["modules"].items() for kern
 def test_every_instantiation_was_built():
     sources = sorted(p.stem for p in (ROOT / "csrc").glob("*/instantiations/*.cu"))
     assert sorted(BUILT["modules"]) == sources
-    assert len(ALL) == 16
+    assert len(ALL) == 22
     for module in sources:
         assert ".target sm_90a" in (KERNELS / f"{module}.ptx").read_text()
         assert (KERNELS / f"{module}.cubin").read_bytes()[:4] == b"\x7fELF"
@@ -48,27 +48,30 @@ def code_of(module, kernel):
 @pytest.mark.parametrize(("module", "kernel"), ALL)
 def test_sass_of_the_mainloop(module, kernel):
     """Four wgmma a k-block, one FFMA a product to promote and no more multiplications than the scales need."""
-    tile_n = int(kernel.rsplit("_n", 1)[1].removesuffix("_c2"))
+    tile_m, tile_n = map(int, re.search(r"_(\d+)x(\d+)", kernel).groups())
+    columns = tile_n // 2 if tile_m == 64 else tile_n  # of one consumer
     code = code_of(module, kernel)
     count = code.opcodes
     assert count["LDL"] + count["STL"] == 0, "local memory"
     matrix = [i.name + i.operands for i in code.instructions if i.opcode == "QGMMA"]
     assert len(matrix) == 4
-    assert all(f"QGMMA.64x{tile_n}x32.F32.E4M3.E4M3" in line for line in matrix)
+    assert all(f"QGMMA.64x{columns}x32.F32.E4M3.E4M3" in line for line in matrix)
     assert "!UPT" in matrix[0], "the first of a k-block starts from zero"
     assert all("!UPT" not in line for line in matrix[1:])
-    assert count["FFMA"] == tile_n // 2, "promotion: one FFMA for each of a thread's accumulators"
+    assert count["FFMA"] == columns // 2, "promotion: one FFMA for each of a thread's accumulators"
     loop = [i.opcode for i in code.loop("QGMMA")]
-    assert (loop.count("QGMMA"), loop.count("FFMA")) == (4, tile_n // 2)
+    assert (loop.count("QGMMA"), loop.count("FFMA")) == (4, columns // 2)
     by_row = "_row_" in kernel
-    assert count["FMUL"] == (tile_n // 2 if by_row else 2), "scale_a * scale_b"
+    assert count["FMUL"] == (columns // 2 if by_row else 2), "scale_a * scale_b"
     assert count["UTMALDG"] == (4 if by_row else 3)
-    cluster = kernel.endswith("_c2")
-    assert sum("MULTICAST" in i.name for i in code.instructions) == cluster
-    assert count["UCGABAR_ARV"] == (2 if cluster else 0), "clusters meet at the start and at the end only"
-    assert sum(i.name == "MEMBAR.ALL.GPU" for i in code.instructions) == (2 if cluster else 0), "none in the main loop"
-    assert count["UTMASTG"] == (0 if "_f32_" in kernel else max(1, tile_n // 64))
-    assert count["STSM"] == (0 if "_f32_" in kernel else tile_n // 16)
+    pair, split = kernel.endswith("_pair"), kernel.endswith("_split")
+    assert sum("MULTICAST" in i.name for i in code.instructions) == pair
+    assert count["UCGABAR_ARV"] == (2 if pair or split else 0), "clusters meet at the start and at the end only"
+    fences = sum(i.name == "MEMBAR.ALL.GPU" for i in code.instructions)
+    assert fences == (3 if split else 2 if pair else 0), "none in the main loop; a split tells its peers of its sums"
+    by_tma = "_bf16_" in kernel and not split
+    assert count["UTMASTG"] == (max(1, columns // 64) if by_tma else 0)
+    assert count["STSM"] == (columns // 16 if by_tma else 0)
     assert count["USETMAXREG"] >= 2
 
 

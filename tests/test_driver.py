@@ -1,6 +1,7 @@
 """driver.cpp against a pretended libcuda that writes down its calls: the last step before silicon, without silicon."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,10 @@ addresses = dict(a=16, a_scale=32, b=48, b_scale=64, out=80, c=96)
 _C.launch(plan, {k: v for k, v in addresses.items() if k not in sys.argv[1:]}, 7)
 _C.launch(plan, addresses, 8)
 """
+
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION is allowed.
+OVERLAPS = "launch attribute 6: 1 0 0"
 
 
 @pytest.fixture(scope="module")
@@ -54,34 +59,38 @@ def test_launch_hands_the_plan_to_the_driver(fake_libcuda):
     assert calls[0].startswith("load ")
     assert calls[0].endswith("/fastfp8/kernels/gemm_row_bf16.cubin")
     assert calls[1:3] == [f"kernel {kernel}", f"attribute 8 {shared}"], "the kernel may have the plan's shared memory"
-    tile_n = int(kernel.rsplit("_n", 1)[1])
-    grid, panel = 3 * -(-264 // tile_n), min(64, tile_n)
+    tile_m, tile_n = map(int, re.search(r"_(\d+)x(\d+)$", kernel).groups())
+    rows, columns = -(-300 // tile_m), -(-264 // tile_n)
+    panel = min(64, tile_n // 2 if tile_m == 64 else tile_n)
     maps = [
-        "map 16 400 300 400 128 128 1 1 type=0 rank=2 interleave=0 swizzle=3 fill=0",  # codes as UINT8, 128B swizzle
+        f"map 16 400 300 400 128 {tile_m} 1 1 type=0 rank=2 interleave=0 swizzle=3 fill=0",  # UINT8, 128B swizzle
         f"map 48 400 264 400 128 {tile_n} 1 1 type=0 rank=2 interleave=0 swizzle=3 fill=0",
-        "map 32 300 4 1200 128 1 1 1 type=7 rank=2 interleave=0 swizzle=0 fill=0",  # scales as FLOAT32
+        f"map 32 300 4 1200 {tile_m} 1 1 1 type=7 rank=2 interleave=0 swizzle=0 fill=0",  # scales as FLOAT32
         f"map 64 264 4 1056 {tile_n} 1 1 1 type=7 rank=2 interleave=0 swizzle=0 fill=0",
         f"map 80 264 300 528 {panel} 64 1 1 type=9 rank=2 interleave=0 swizzle={3 if panel == 64 else 2} fill=0",
     ]
     addresses = ["address 0", "address 0", "address 96"]  # scales of B and out come through their maps; c by address
-    integers = [0, 264, 300, 264, 400, 3, -(-264 // tile_n)]
-    launch = [f"launch {grid} 1 384 1 shared={shared} stream=7 attributes=0", *maps, *addresses]
-    assert calls[3:12] == launch
-    assert calls[12:19] == [f"int {i}" for i in integers]
-    assert calls[20] == launch[0].replace("stream=7", "stream=8"), "the second launch loads nothing again"
+    integers = [0, 264, 300, 264, 400, rows, columns]
+    launch = [f"launch {rows * columns} 1 384 1 shared={shared} stream=7 attributes=1", OVERLAPS, *maps, *addresses]
+    assert calls[3:13] == launch
+    assert calls[13:20] == [f"int {i}" for i in integers]
+    assert calls[21] == launch[0].replace("stream=7", "stream=8"), "the second launch loads nothing again"
 
 
 def test_a_cluster_is_a_launch_attribute(fake_libcuda):
-    program = PROGRAM.replace("_C.gemm_select(p)", "next(c for c, _ in _C.gemm_candidates(p) if c.cluster == 2)")
+    program = PROGRAM.replace(
+        "_C.gemm_select(p)", "next(c for c, _ in _C.gemm_candidates(p) if c.name == '128x128 pair')"
+    )
     environment = {**os.environ, "LD_LIBRARY_PATH": str(fake_libcuda)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     calls = done.stderr.splitlines()
     launch = next(i for i, call in enumerate(calls) if call.startswith("launch "))
     assert calls[launch].startswith("launch 12 1 384 1 ")
-    assert calls[launch].endswith("attributes=1")
+    assert calls[launch].endswith("attributes=2")
     assert calls[launch + 1] == "launch attribute 4: 2 1 1", "CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION"
-    assert calls[launch + 3] == "map 48 400 264 400 128 64 1 1 type=0 rank=2 interleave=0 swizzle=3 fill=0"
+    assert calls[launch + 2] == OVERLAPS
+    assert calls[launch + 4] == "map 48 400 264 400 128 64 1 1 type=0 rank=2 interleave=0 swizzle=3 fill=0"
 
 
 def test_an_unbound_slot_is_an_error(fake_libcuda):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -19,9 +20,10 @@ E4M3 = torch.float8_e4m3fn
 A_BLOCK: Block = (1, BLOCK)
 B_BLOCKS: list[Block] = [(BLOCK, BLOCK), (1, BLOCK)]
 OUT_DTYPES = (torch.bfloat16, torch.float32)
-# Columns of a tile, and CTAs of a cluster.
-TILES = ((32, 1), (64, 1), (128, 1), (128, 2))
-SHAPES = [(1, 8, 16), (63, 40, 144), (64, 64, 128), (129, 136, 400), (130, 264, 272)]
+SPLIT = "64x64 split"
+CONFIGS = ("64x64", "64x128", "128x64", "128x128", "128x128 pair", SPLIT)
+# The last has two segments of K.
+SHAPES = [(1, 8, 16), (63, 40, 144), (64, 64, 128), (129, 136, 400), (130, 264, 272), (65, 72, 1040)]
 # Elements on either side of `out` that must stay as they are, and what they are.
 GUARD, GUARD_VALUE = 64, -77.0
 NAN = float("nan")
@@ -102,15 +104,19 @@ def check(a: ScaledTensor, b: ScaledTensor, out_dtype: torch.dtype, c: Tensor | 
     return out
 
 
+def kernels() -> list[tuple[Block, torch.dtype, str]]:
+    """Every kernel that there is: a split is of B in blocks only."""
+    every = itertools.product(B_BLOCKS, OUT_DTYPES, CONFIGS)
+    return [kernel for kernel in every if kernel[2] != SPLIT or kernel[0] == B_BLOCKS[0]]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=str)
-@pytest.mark.parametrize("b_block", B_BLOCKS, ids=str)
-def test_bits(b_block: Block, out_dtype: torch.dtype, tile: tuple[int, int], shape: tuple[int, int, int]) -> None:
-    """All sixteen kernels on tails of each kind. The kinds of c and of a's pitch take turns, in each kernel as well."""
-    case = SHAPES.index(shape) + TILES.index(tile) + B_BLOCKS.index(b_block) + 2 * OUT_DTYPES.index(out_dtype)
+@pytest.mark.parametrize(("b_block", "out_dtype", "config"), [k for k in kernels() if k[2] != SPLIT], ids=str)
+def test_bits(b_block: Block, out_dtype: torch.dtype, config: str, shape: tuple[int, int, int]) -> None:
+    """Every kernel but the split ones on tails of each kind. The kinds of c and of a's pitch take turns."""
+    case = SHAPES.index(shape) + CONFIGS.index(config) + B_BLOCKS.index(b_block) + 2 * OUT_DTYPES.index(out_dtype)
     a, b = operands(*shape, b_block, strided=case % 2 == 1)
-    check(a, b, out_dtype, addend(C_KINDS[case % 4], *shape[:2]), Emulator(3, case, *tile))
+    check(a, b, out_dtype, addend(C_KINDS[case % 4], *shape[:2]), Emulator(3, case, config))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -118,7 +124,38 @@ def test_bits(b_block: Block, out_dtype: torch.dtype, tile: tuple[int, int], sha
 def test_clusters(num_sms: int, seed: int) -> None:
     """Five rows of tiles for pairs of CTAs, so that the last pair has one tile past M; more k-blocks than stages."""
     a, b = operands(520, 136, 1040, B_BLOCKS[seed % 2], seed=seed)
-    check(a, b, torch.bfloat16, None, Emulator(num_sms, seed, tile_n=128, cluster=2))
+    check(a, b, torch.bfloat16, None, Emulator(num_sms, seed, "128x128 pair"))
+
+
+# M, N, K with 2, 4 and 8 segments: the last with tails in each extent, and segments of four and of five k-blocks.
+@pytest.mark.parametrize(
+    ("shape", "segments"), [((65, 72, 1040), 2), ((7, 200, 2048), 4), ((70, 24, 4400), 8)], ids=str
+)
+@pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=str)
+@pytest.mark.parametrize("seed", range(2))
+def test_split(seed: int, out_dtype: torch.dtype, shape: tuple[int, int, int], segments: int) -> None:
+    """One cluster walks all tiles, then there are more clusters than tiles; with each kind of c."""
+    a, b = operands(*shape, B_BLOCKS[0], seed=seed, strided=True)
+    kind = C_KINDS[(seed + 2 * OUT_DTYPES.index(out_dtype)) % 4]
+    num_sms = segments + 1 if seed == 0 else 132
+    check(a, b, out_dtype, addend(kind, *shape[:2]), Emulator(num_sms, seed, SPLIT))
+
+
+def test_segments_depend_on_n_and_k_alone() -> None:
+    """The split's cluster has as many CTAs as K has segments; DeepSeek-V3's shapes; by row there is one."""
+    for n, k, count in (
+        (576, 7168, 8),
+        (2112, 7168, 4),
+        (4096, 7168, 2),
+        (7168, 2048, 1),
+        (24576, 1536, 1),
+        (8, 16, 1),
+    ):
+        firsts = _C.gemm_segments(n, k, B_BLOCKS[0])
+        assert len(firsts) == count + 1
+        assert (firsts[0], firsts[-1]) == (0, -(-k // 128))
+        assert all(last > first for first, last in itertools.pairwise(firsts))
+        assert _C.gemm_segments(n, k, B_BLOCKS[1]) == [0, -(-k // 128)]
 
 
 @pytest.mark.parametrize("c_kind", C_KINDS)
@@ -139,14 +176,14 @@ def test_seeds(b_block: Block, seed: int) -> None:
 def test_the_ring_runs_on_from_tile_to_tile(num_sms: int) -> None:
     """One CTA walks all six tiles, three each, or one a CTA: with 3 k-blocks the ring of stages wraps within a tile."""
     a, b = operands(150, 96, 272, B_BLOCKS[1])
-    check(a, b, torch.bfloat16, None, Emulator(num_sms=num_sms, tile_n=32))
+    check(a, b, torch.bfloat16, None, Emulator(num_sms=num_sms, config="64x64"))
 
 
 @pytest.mark.parametrize("b_block", B_BLOCKS, ids=str)
 def test_a_long_sum(b_block: Block) -> None:
     """35 k-blocks: more than the 32 whose scales of B a warp holds at a time, and more than the stages of the ring."""
     a, b = operands(5, 24, 4400, b_block)
-    check(a, b, torch.float32, None, Emulator(tile_n=32))
+    check(a, b, torch.float32, None, Emulator(config="64x64"))
 
 
 def test_nan() -> None:
@@ -166,13 +203,15 @@ def test_nan() -> None:
 
 @pytest.mark.parametrize("b_block", B_BLOCKS, ids=str)
 def test_a_row_does_not_depend_on_the_batch(b_block: Block) -> None:
-    a, b = operands(129, 72, 272, b_block)
+    """Nor on the tile or on who takes which segment of K: with B in blocks there are two."""
+    a, b = operands(129, 72, 1040, b_block)
     c = addend("float32", 129, 72)
     assert c is not None
-    whole = Emulator(tile_n=64).gemm(a, b, out_dtype=torch.float32, c=c)
-    for first, last, tile_n in ((0, 1, 64), (128, 129, 64), (5, 69, 64), (60, 129, 32)):
+    whole = Emulator(config="128x64").gemm(a, b, out_dtype=torch.float32, c=c)
+    split = SPLIT if b_block == B_BLOCKS[0] else "128x128 pair"
+    for first, last, config in ((0, 1, "64x64"), (128, 129, split), (5, 69, split), (60, 129, "64x128")):
         part = ScaledTensor(a.data[first:last], a.scale[first:last], A_BLOCK)
-        alone = Emulator(seed=first, tile_n=tile_n).gemm(part, b, out_dtype=torch.float32, c=c[first:last])
+        alone = Emulator(seed=first, config=config).gemm(part, b, out_dtype=torch.float32, c=c[first:last])
         assert_same_bits(alone, whole[first:last], f"rows {first} to {last}")
 
 
@@ -183,7 +222,7 @@ def test_counters(b_block: Block, out_dtype: torch.dtype) -> None:
     m, n, k, tile_n = 257, 72, 272, 64
     a, b = operands(m, n, k, b_block)
     out = torch.empty(m, n, dtype=out_dtype)
-    counters = Emulator(tile_n=tile_n).gemm_into(out, a, b)
+    counters = Emulator(config="128x64").gemm_into(out, a, b)
     assert counters.wgmma_flops == 2 * (3 * 128) * (2 * tile_n) * (3 * 128)
     # Loads count whole boxes, as their barriers do; stores what lies within the tensor.
     loaded = 3 * 2 * 3 * (128 * 128 + tile_n * 128 + 128 * 4 + (tile_n * 4 if b_block == A_BLOCK else 0))
@@ -240,13 +279,10 @@ def test_a_plan_beyond_its_tensors_is_an_error() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
-@pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=str)
-@pytest.mark.parametrize("b_block", B_BLOCKS, ids=str)
-def test_ten_seeds(b_block: Block, out_dtype: torch.dtype, seed: int) -> None:
-    for tile in TILES:
-        a, b = operands(200, 136, 1168, b_block, seed=seed)
-        on = Emulator(2 + seed % 4, seed, *tile)
-        check(a, b, out_dtype, addend(C_KINDS[seed % 4], 200, 136), on)
+@pytest.mark.parametrize(("b_block", "out_dtype", "config"), kernels(), ids=str)
+def test_ten_seeds(b_block: Block, out_dtype: torch.dtype, config: str, seed: int) -> None:
+    a, b = operands(200, 136, 1168, b_block, seed=seed)
+    check(a, b, out_dtype, addend(C_KINDS[seed % 4], 200, 136), Emulator(2 + seed % 4, seed, config))
 
 
 @pytest.mark.slow

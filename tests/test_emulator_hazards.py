@@ -1,7 +1,9 @@
 """The GEMM kernel broken on purpose: what is taken out of its PTX here must show on the emulator.
 
-That is what lets the tests of the whole kernel say anything about its barriers and fences. fence.mbarrier_init alone is
-not in the list: the barriers behind it, of the CTA or with .release of the cluster, order the initialisation as well.
+That is what lets the tests of the whole kernel say anything about its barriers and fences. Two things are not in the
+list: fence.mbarrier_init alone, as the barriers behind it, of the CTA or with .release of the cluster, order the
+initialisation as well; and .cta in place of .cluster where a split tells its peers of its sums, because the emulator
+shows shared memory to a peer at once.
 """
 
 from __future__ import annotations
@@ -19,9 +21,8 @@ from fastfp8.reference import tensor_core
 
 pytestmark = backend_params(["emulator"])[0].marks
 
-MODULE = "gemm_row_bf16"
 SEEDS = range(4)
-ALONE, PAIR = (64, 1), (128, 2)  # columns of a tile, and CTAs of a cluster
+ALONE, PAIR, SPLIT = "128x64", "128x128 pair", "64x64 split"
 
 # What is broken: (pattern, replacement, words of the report). None for words: any report will do, or wrong bits.
 Broken = tuple[str, str, str | None]
@@ -63,52 +64,79 @@ BROKEN_PAIRS: dict[str, Broken] = {
     "multicast without the peer": (r"mov\.u16 (\s*%rs\d+), 3;", r"mov.u16 \1, 1;", "hangs"),
     "the empty barriers count one CTA": (r"mov\.u32 (\s*%r\d+), 16;", r"mov.u32 \1, 8;", None),
 }
+_REMOTE = r"mapa\.shared::cluster\.u32 remote, \S+, \S+;\s*"
+BROKEN_SPLITS: dict[str, Broken] = {
+    "sums are told of before all are there": (r"bar\.sync %r\d+, %r\d+;", "", "race"),
+    "peers are not waited for": (
+        r"mbarrier\.try_wait\.parity\.acquire\.cluster\S* p, \[%r\d+\], %r\d+;",
+        "setp.eq.s32 p, 0, 0;",
+        None,
+    ),
+    "sums are overwritten while a peer reads": (
+        rf"({_REMOTE})mbarrier\.arrive\.release\.cta\.shared::cluster\.b64 _, \[remote\];",
+        r"\1",
+        "hangs",
+    ),
+    "a CTA ends while a peer reads its sums": (rf"(?s)({_MEETING}.*?){_MEETING}", r"\1\3", "exited"),
+}
 CASES = [pytest.param(ALONE, *x, id=name) for name, x in BROKEN.items()]
 CASES += [pytest.param(PAIR, *x, id=name) for name, x in BROKEN_PAIRS.items()]
+CASES += [pytest.param(SPLIT, *x, id=name) for name, x in BROKEN_SPLITS.items()]
 
 
-def run(text: str | None, seed: int, tile: tuple[int, int]) -> torch.Tensor:
-    """200x264x1040 on two CTAs: more k-blocks than stages, several tiles a CTA."""
+def kernel_of(config: str) -> tuple[str, str]:
+    """Its module and its name. The split is of B in blocks only; the others are of B by row, which loads more."""
+    module = "gemm_block_bf16" if config == SPLIT else "gemm_row_bf16"
+    return module, module.replace("gemm", "gemm_sm90") + "_" + config.replace(" ", "_")
+
+
+def run(text: str | None, seed: int, config: str) -> torch.Tensor:
+    """200x264x1040 on two CTAs: more k-blocks than stages but in a split, several tiles a CTA."""
     from emulator import Machine, run_plan
 
     generator = torch.Generator().manual_seed(0)
     a = fastfp8.quantize(torch.randn(200, 1040, generator=generator))
-    b = fastfp8.quantize(torch.randn(264, 1040, generator=generator), (1, 128))
+    b = fastfp8.quantize(torch.randn(264, 1040, generator=generator), (128, 128) if config == SPLIT else (1, 128))
     problem = Emulator(num_sms=2)._problem(a, b, torch.bfloat16, None)
-    config = next(c for c, _ in _C.gemm_candidates(problem) if (c.tile_n, c.cluster) == tile)
+    chosen = next(c for c, _ in _C.gemm_candidates(problem) if c.name == config)
     out = torch.full((200, 264), float("nan"), dtype=torch.bfloat16)
     tensors = {"a": a.data, "a_scale": a.scale, "b": b.data, "b_scale": b.scale, "out": out}
-    run_plan(_C.gemm_plan(problem, config), tensors, Machine(seed), text)
-    if "expected" not in _cache:
-        _cache["expected"] = tensor_core.gemm(a.data, a.scale, b.data, b.scale, b.block, torch.bfloat16, None)
-    return out
+    run_plan(_C.gemm_plan(problem, chosen), tensors, Machine(seed), text)
+    if b.block not in _expected:
+        _expected[b.block] = tensor_core.gemm(a.data, a.scale, b.data, b.scale, b.block, torch.bfloat16, None)
+    return out == _expected[b.block]
 
 
-_cache: dict[str, torch.Tensor] = {}
+_expected: dict[tuple[int, int], torch.Tensor] = {}
 
 
-@pytest.mark.parametrize("tile", [ALONE, PAIR], ids=str)
-def test_the_kernel_as_it_is(tile: tuple[int, int]) -> None:
+@pytest.mark.parametrize("config", [ALONE, PAIR, SPLIT])
+def test_the_kernel_as_it_is(config: str) -> None:
     for seed in SEEDS:
-        assert torch.equal(run(None, seed, tile), _cache["expected"])
+        assert run(None, seed, config).all()
 
 
-@pytest.mark.parametrize(("tile", "pattern", "replacement", "words"), CASES)
-def test_what_is_broken_shows(tile: tuple[int, int], pattern: str, replacement: str, words: str | None) -> None:
+@pytest.mark.parametrize(("config", "pattern", "replacement", "words"), CASES)
+def test_what_is_broken_shows(config: str, pattern: str, replacement: str, words: str | None) -> None:
     from emulator import EmulationError
 
-    text, count = re.subn(pattern, replacement, (KERNELS / f"{MODULE}.ptx").read_text())
-    assert count > 0, "the pattern is not in the PTX: nothing was broken"
+    module, kernel = kernel_of(config)
+    ptx = (KERNELS / f"{module}.ptx").read_text()
+    begin = ptx.index(f".entry {kernel}(")
+    end = ptx.find(".entry ", begin + 1)
+    broken, count = re.subn(pattern, replacement, ptx[begin:end])
+    assert count > 0, "the pattern is not in the kernel's PTX: nothing was broken"
+    text = ptx[:begin] + broken + ptx[end:]
     found = []
     for seed in SEEDS:
         try:
-            out = run(text, seed, tile)
+            right = run(text, seed, config)
         except EmulationError as error:
             found.append(str(error))
             if words is None or words in str(error):
                 return
         else:
-            found.append("the right result" if torch.equal(out, _cache["expected"]) else "wrong bits")
+            found.append("the right result" if right.all() else "wrong bits")
             if words is None and found[-1] == "wrong bits":
                 return
     pytest.fail(f"no seed shows it: {found}")

@@ -52,11 +52,12 @@ def plan_of(p):
 def test_walk_covers_every_tile_once(m, n, k):
     for config, _ in _C.gemm_candidates(problem(m, n, k)):
         tiles_m, tiles_n = config.tiles
-        rows = config.tile_m * config.cluster
+        rows = config.tile_m * (2 if config.name.endswith("pair") else 1)
         assert (tiles_m - 1) * rows < m <= tiles_m * rows
         assert (tiles_n - 1) * config.tile_n < n <= tiles_n * config.tile_n
         walk = [config.tile_at(i) for i in range(tiles_m * tiles_n)]
         assert sorted(walk) == [(i, j) for i in range(tiles_m) for j in range(tiles_n)]
+        assert config.cluster == {"pair": 2, "split": config.segments}.get(config.name.split()[-1], 1)
         assert config.grid == min(SMS // config.cluster, tiles_m * tiles_n) * config.cluster
 
 
@@ -78,8 +79,8 @@ def test_shared_memory_fits_and_feeds_the_pipeline(b_block, out_dtype):
         plan = _C.gemm_plan(p, config)
         scales = config.tile_m + (config.tile_n if b_block == ROW else 0)
         stage = (config.tile_m + config.tile_n) * config.tile_k + scales * 4 + 16
-        staging = config.tile_m * config.tile_n * 2 if out_dtype == "bfloat16" else 0
-        assert plan.shared_bytes == config.stages * stage + staging
+        width = 4 if config.name.endswith("split") else 2 if out_dtype == "bfloat16" else 0
+        assert plan.shared_bytes == config.stages * stage + config.tile_m * config.tile_n * width + 16
         assert plan.shared_bytes <= 227 * 1024
         assert config.stages >= 4
         assert config.stages == 8 or plan.shared_bytes + stage > 227 * 1024, "another stage would fit"
@@ -93,17 +94,48 @@ def test_select_takes_the_cheapest_that_is_not_rejected():
             assert _C.gemm_select(p).cycles == min(allowed)
 
 
+def reasons_of(p):
+    return {config.name: rejected for config, rejected in _C.gemm_candidates(p)}
+
+
+def config_of(p, name):
+    return next(config for config, _ in _C.gemm_candidates(p) if config.name == name)
+
+
 def test_select_rejects_tiles_past_n_with_a_reason():
-    reasons = {config.tile_n: rejected for config, rejected in _C.gemm_candidates(problem(64, 8, 128))}
-    assert reasons[32] == ""
-    assert "past N" in reasons[64]
-    assert "past N" in reasons[128]
-    assert _C.gemm_select(problem(64, 8, 128)).tile_n == 32
+    reasons = reasons_of(problem(64, 8, 128))
+    assert reasons["64x64"] == ""
+    assert "past N" in reasons["64x128"]
+    assert "past M" in reasons["128x64"]
+    assert "one segment" in reasons["64x64 split"]
+    assert _C.gemm_select(problem(64, 8, 128)).name == "64x64"
 
 
-def test_select_uses_more_ctas_when_n_is_small():
+def test_small_m_gets_small_tiles_and_a_split_where_n_is_small():
+    """By the model: nine tiles of 64 columns would leave most SMs idle, so K is shared out among clusters of eight."""
     small, large = _C.gemm_select(problem(64, 576, 7168)), _C.gemm_select(problem(4096, 4096, 7168))
-    assert small.tile_n < large.tile_n == 128
+    assert (small.name, small.cluster, small.grid) == ("64x64 split", 8, 72)
+    assert (large.tile_m, large.tile_n) == (128, 128)
+    assert _C.gemm_select(problem(64, 7168, 16384)).tile_m == 64
+    assert _C.gemm_select(problem(4096, 576, 7168)).name != "64x64 split", "one CTA takes all segments of a tile"
+
+
+def test_the_model_has_every_term():
+    """A change of the machine changes the terms that it should, and the largest of those that overlap counts."""
+    given = operands(64, 7168, 2048)
+    h100, h200, h20 = (_C.GemmProblem(**given, machine=name) for name in ("H100", "H200", "H20"))
+    costs = [config_of(p, "64x128").cost for p in (h100, h200, h20)]
+    overlapping = ("tensor", "consumer", "from_l2", "into_sm", "latency")
+    for cost in costs:
+        assert cost["block"] == max(cost[term] for term in overlapping)
+        assert min(cost.values()) > 0
+        assert cost["total"] >= cost["hbm"]
+    assert costs[1]["hbm"] < costs[0]["hbm"]
+    assert costs[2]["tensor"] == 4 * costs[0]["tensor"]
+    narrow = config_of(h100, "64x64").cost["tensor"]
+    assert narrow == 2 * 4 * (64 + 32) * 32 / 128, "two consumers, four wgmma each, bound by reading A and B"
+    with pytest.raises(RuntimeError, match="knows H200, H20, H800, H100, not 'B200'"):
+        _C.GemmProblem(**given, machine="B200")
 
 
 def test_selection_depends_on_the_number_of_sms():
@@ -114,8 +146,9 @@ def test_selection_depends_on_the_number_of_sms():
 
 def test_plan_of_block_scales_and_bf16():
     p = problem(300, 264, 400)
-    plan = _C.gemm_plan(p, next(config for config, _ in _C.gemm_candidates(p) if config.tile_n == 64))
-    assert (plan.module, plan.kernel) == ("gemm_block_bf16", "gemm_sm90_block_bf16_n64")
+    plan = _C.gemm_plan(p, config_of(p, "128x64"))
+    assert (plan.module, plan.kernel) == ("gemm_block_bf16", "gemm_sm90_block_bf16_128x64")
+    assert plan.overlaps
     assert (plan.block, plan.cluster, plan.grid) == ([384, 1, 1], [1, 1, 1], [3 * 5, 1, 1])
     a, b, a_scale, b_scale, out, *rest = plan.arguments
     assert (a.slot, a.dtype, a.dims, a.pitch, a.box, a.swizzle) == (
@@ -138,33 +171,44 @@ def test_plan_of_block_scales_and_bf16():
 def test_plan_of_a_cluster():
     """Two tiles one below the other: each CTA loads half of B's rows for both, with as many bytes a stage as alone."""
     p = problem(400, 264, 400)
-    alone, pair = (c for c, _ in _C.gemm_candidates(p) if c.tile_n == 128)
+    alone, pair = config_of(p, "128x128"), config_of(p, "128x128 pair")
     assert (alone.cluster, pair.cluster) == (1, 2)
     assert (alone.tiles, pair.tiles) == ((4, 3), (2, 3))
     plan = _C.gemm_plan(p, pair)
-    assert plan.kernel == "gemm_sm90_block_bf16_n128_c2"
+    assert plan.kernel == "gemm_sm90_block_bf16_128x128_pair"
     assert (plan.cluster, plan.grid) == ([2, 1, 1], [12, 1, 1])
     assert plan.shared_bytes == _C.gemm_plan(p, alone).shared_bytes
     a, b, *_ = plan.arguments
     assert (a.box, b.box) == ([128, 128], [128, 64])
 
 
+def test_plan_of_a_split():
+    """As many CTAs a cluster as segments; the output is written from registers, not through a map."""
+    p = problem(5, 264, 2048)
+    plan = _C.gemm_plan(p, config_of(p, "64x64 split"))
+    assert plan.kernel == "gemm_sm90_block_bf16_64x64_split"
+    assert (plan.cluster, plan.grid) == ([4, 1, 1], [4 * 5, 1, 1])
+    a, b, _, _, out, *rest = plan.arguments
+    assert (a.box, b.box, out.slot) == ([128, 64], [128, 64], None)
+    assert [r.slot for r in rest[:3]] == ["b_scale", "out", None]
+
+
 def test_clusters_are_for_what_loads_bind():
     """By the model: large products share B, one tile row cannot, nor can an odd SM."""
-    assert _C.gemm_select(problem(4096, 7168, 4096)).cluster == 2
-    reasons = {(c.tile_n, c.cluster): rejected for c, rejected in _C.gemm_candidates(problem(128, 512, 512))}
-    assert "past M" in reasons[128, 2]
-    reasons = {(c.tile_n, c.cluster): rejected for c, rejected in _C.gemm_candidates(problem(512, 512, 512, num_sms=1))}
-    assert "more SMs" in reasons[128, 2]
+    assert _C.gemm_select(problem(4096, 7168, 4096)).name == "128x128 pair"
+    assert "past M" in reasons_of(problem(128, 512, 512))["128x128 pair"]
+    few = reasons_of(problem(512, 512, 2048, num_sms=1))
+    assert "more SMs" in few["128x128 pair"]
+    assert "more SMs" in few["64x64 split"]
 
 
 def test_plan_of_row_scales_f32_and_c():
     p = problem(5, 264, 400, ROW, "float32", c="bfloat16")
-    plan = _C.gemm_plan(p, next(config for config, _ in _C.gemm_candidates(p) if config.tile_n == 32))
-    assert plan.kernel == "gemm_sm90_row_f32_n32"
+    plan = _C.gemm_plan(p, config_of(p, "64x64"))
+    assert plan.kernel == "gemm_sm90_row_f32_64x64"
     _, _, a_scale, b_scale, out, *rest = plan.arguments
     assert (a_scale.dims, a_scale.pitch) == ([5, 4], 8 * 4)
-    assert (b_scale.slot, b_scale.dims, b_scale.pitch, b_scale.box) == ("b_scale", [264, 4], 264 * 4, [32, 1])
+    assert (b_scale.slot, b_scale.dims, b_scale.pitch, b_scale.box) == ("b_scale", [264, 4], 264 * 4, [64, 1])
     assert out.slot is None
     assert [r.slot for r in rest[:3]] == [None, "out", "c"]
     assert rest[3:5] == [1, 264]
@@ -177,7 +221,7 @@ def test_plan_keeps_to_the_limits_of_tensor_maps():
         p = problem(m, n, k, b_block)
         for config, _ in _C.gemm_candidates(p):
             maps = [x for x in _C.gemm_plan(p, config).arguments if isinstance(x, _C.TensorMapSlot) and x.slot]
-            assert len(maps) == (5 if b_block == ROW else 4)
+            assert len(maps) == (5 if b_block == ROW else 3 if config.name.endswith("split") else 4)
             for x in maps:
                 inner = x.box[0] * sizes[x.dtype]
                 assert x.pitch % 16 == 0
@@ -207,9 +251,12 @@ def test_an_empty_product_is_a_problem_but_no_launch(shape):
 
 def test_reprs_say_what_matters():
     p = problem(300, 264, 400, c="float32")
-    assert repr(p) == ("GemmProblem(m=300, n=264, k=400, b_scales=block, out=bfloat16, c=float32, num_sms=132)")
+    assert repr(p) == (
+        "GemmProblem(m=300, n=264, k=400, b_scales=block, out=bfloat16, c=float32, num_sms=132, machine=H100)"
+    )
     assert re.match(
-        r"GemmConfig\(tile=128x\d+x128, stages=\d, cluster=\d, grid=\d+, tiles=3x\d+, band=\d+", repr(_C.gemm_select(p))
+        r"GemmConfig\(\d+x\d+( pair)?, stages=\d, cluster=\d, segments=1, grid=\d+, tiles=\dx\d+, band=\d+",
+        repr(_C.gemm_select(p)),
     )
     assert "TensorMapSlot('a', float8_e4m3fn, dims=[400, 300]" in repr(plan_of(p))
 

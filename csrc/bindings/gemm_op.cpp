@@ -45,7 +45,8 @@ Tensor gemm_cuda(const Tensor& a, const Tensor& a_scale, const Tensor& b, const 
   if (c) operands.c = view_of(*c);
   const int device = operands.a.device;
   const bool ready = device >= 0 && gemm_sm90_unusable_reason(device).empty();
-  const gemm::GemmProblem problem = gemm::make_problem(operands, ready ? driver::device(device).num_sms : 1);
+  const gemm::GemmProblem problem = gemm::make_problem(operands, ready ? driver::device(device).num_sms : 1,
+                                                       gemm::Machine::of(ready ? driver::device(device).name : ""));
   if (!ready) {
     if (!triton_unusable_reason().empty())
       throw std::runtime_error("fastfp8.gemm: no backend can serve cuda:" + std::to_string(device) +

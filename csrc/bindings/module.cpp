@@ -54,6 +54,7 @@ void bind_plan(py::module_& module) {
       .def_readonly("block", &LaunchPlan::block)
       .def_readonly("cluster", &LaunchPlan::cluster)
       .def_readonly("shared_bytes", &LaunchPlan::shared_bytes)
+      .def_readonly("overlaps", &LaunchPlan::overlaps)
       .def_property_readonly("arguments",
                              [](const LaunchPlan& self) {
                                py::list list;
@@ -83,12 +84,12 @@ void bind_gemm(py::module_& module) {
   py::class_<GemmProblem>(module, "GemmProblem", "out[M, N] = A[M, K] B[N, K]^T (+ C): the question.")
       .def(py::init([](const TensorView& a, const TensorView& a_scale, const TensorView& b, const TensorView& b_scale,
                        const std::pair<int64_t, int64_t>& b_block, const std::string& out_dtype,
-                       const std::optional<TensorView>& c, int num_sms) {
+                       const std::optional<TensorView>& c, int num_sms, const std::string& machine) {
              return make_problem({a, a_scale, b, b_scale, c, b_block.first, b_block.second, dtype_named(out_dtype)},
-                                 num_sms);
+                                 num_sms, Machine::named(machine));
            }),
            py::arg("a"), py::arg("a_scale"), py::arg("b"), py::arg("b_scale"), py::arg("b_block"), py::arg("out_dtype"),
-           py::arg("c"), py::arg("num_sms"))
+           py::arg("c"), py::arg("num_sms"), py::arg("machine") = "H100")
       .def_readonly("m", &GemmProblem::m)
       .def_readonly("n", &GemmProblem::n)
       .def_readonly("k", &GemmProblem::k)
@@ -97,13 +98,24 @@ void bind_gemm(py::module_& module) {
       .def_readonly("num_sms", &GemmProblem::num_sms)
       .def("__repr__", &GemmProblem::str);
   py::class_<GemmConfig>(module, "GemmConfig", "One kernel instance and its walk over the tiles: the answer.")
-      .def_readonly("tile_m", &GemmConfig::tile_m)
-      .def_readonly("tile_n", &GemmConfig::tile_n)
+      .def_property_readonly("tile_m", [](const GemmConfig& self) { return self.tile.m; })
+      .def_property_readonly("tile_n", [](const GemmConfig& self) { return self.tile.n; })
+      .def_property_readonly("tile_k", [](const GemmConfig&) { return kTileK; })
+      .def_property_readonly("name", &GemmConfig::name)
       .def_readonly("cluster", &GemmConfig::cluster)
-      .def_readonly("tile_k", &GemmConfig::tile_k)
+      .def_property_readonly("segments", [](const GemmConfig& self) { return self.segments.count; })
       .def_readonly("stages", &GemmConfig::stages)
       .def_readonly("grid", &GemmConfig::grid)
-      .def_readonly("cycles", &GemmConfig::cycles)
+      .def_property_readonly("cycles", [](const GemmConfig& self) { return self.cost.total; })
+      .def_property_readonly("cost",
+                             [](const GemmConfig& self) {
+                               const Cost& cost = self.cost;
+                               return std::map<std::string, double>{
+                                   {"tensor", cost.tensor},   {"consumer", cost.consumer}, {"from_l2", cost.from_l2},
+                                   {"into_sm", cost.into_sm}, {"latency", cost.latency},   {"block", cost.block},
+                                   {"fill", cost.fill},       {"epilogue", cost.epilogue}, {"waves", cost.waves},
+                                   {"hbm", cost.hbm},         {"total", cost.total}};
+                             })
       .def_property_readonly("tiles",
                              [](const GemmConfig& self) { return std::pair(self.order.tiles_m, self.order.tiles_n); })
       .def_property_readonly("band", [](const GemmConfig& self) { return self.order.band; })
@@ -123,6 +135,16 @@ void bind_gemm(py::module_& module) {
         return all;
       },
       "Every config with the reason for its rejection, empty if it may be chosen.");
+  module.def(
+      "gemm_segments",
+      [](int n, int k, const std::pair<int, int>& b_block) {
+        const Segments segments = Segments::of(n, k, b_block.first == 1 ? BScales::kRow : BScales::kBlock);
+        std::vector<int> firsts;
+        for (int i = 0; i <= segments.count; ++i) firsts.push_back(segments.first(i));
+        return firsts;
+      },
+      py::arg("n"), py::arg("k"), py::arg("b_block"),
+      "The k-blocks at which the segments of K begin, and at which the last one ends.");
   module.def("gemm_select", &select, "The config that the sm_90a kernel runs this problem with.");
   module.def("gemm_plan", &plan, py::arg("problem"), py::arg("config"), "The launch of this problem with this config.");
 }

@@ -210,18 +210,27 @@ void launch(const LaunchPlan& plan, const Binding* bindings, int binding_count, 
     }
   }
   const CUkernel kernel = get_kernel(plan);
-  CUlaunchAttribute attribute{};
-  attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-  attribute.value.clusterDim.x = plan.cluster[0];
-  attribute.value.clusterDim.y = plan.cluster[1];
-  attribute.value.clusterDim.z = plan.cluster[2];
+  CUlaunchAttribute attributes[2]{};
+  unsigned attribute_count = 0;
+  if (plan.cluster[0] * plan.cluster[1] * plan.cluster[2] > 1) {
+    CUlaunchAttribute& attribute = attributes[attribute_count++];
+    attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attribute.value.clusterDim.x = plan.cluster[0];
+    attribute.value.clusterDim.y = plan.cluster[1];
+    attribute.value.clusterDim.z = plan.cluster[2];
+  }
+  if (plan.overlaps) {
+    CUlaunchAttribute& attribute = attributes[attribute_count++];
+    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+  }
   CUlaunchConfig config{};
   config.gridDimX = plan.grid[0], config.gridDimY = plan.grid[1], config.gridDimZ = plan.grid[2];
   config.blockDimX = plan.block[0], config.blockDimY = plan.block[1], config.blockDimZ = plan.block[2];
   config.sharedMemBytes = plan.shared_bytes;
   config.hStream = static_cast<CUstream>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = plan.cluster[0] * plan.cluster[1] * plan.cluster[2] > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = attribute_count;
   check(get().call.cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel), pointers, nullptr),
         std::string("launching ") + plan.kernel);
 }

@@ -28,6 +28,7 @@ struct LaunchPlan {
   const char* kernel;  // symbol in the module
   std::array<int, 3> grid, block, cluster;
   int shared_bytes;  // dynamic shared memory
+  bool overlaps;     // may start while the grid before it in the stream ends: its kernel waits for that one itself
   int argument_count = 0;
   std::array<LaunchArgument, kMaxArguments> arguments;
 

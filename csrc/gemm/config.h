@@ -6,10 +6,9 @@
 
 namespace fastfp8::gemm {
 
-constexpr int kTileM = 128;  // rows of A in a tile: 64 for each consumer warpgroup
-constexpr int kTileK = 128;  // one scale block, one promotion: four wgmma of k = 32
-constexpr int kTileNs[] = {32, 64, 128};
-constexpr int kMaxCluster = 2;  // CTAs that share loads of B; there are such kernels for the widest tile only
+constexpr int kTileK = 128;   // one scale block, one promotion: four wgmma of k = 32
+constexpr int kWgmmaM = 64;   // rows of one consumer's wgmma
+constexpr int kMaxSplit = 8;  // CTAs of a cluster that share a tile's K: the largest portable cluster
 
 constexpr int kConsumers = 2;                     // warpgroups that run wgmma and promote
 constexpr int kThreads = 128 * (1 + kConsumers);  // the first warpgroup is the producer
@@ -21,42 +20,85 @@ constexpr int kMaxStages = 8;
 // How the scales of B are blocked: by 128 rows and 128 columns of K (weights), or by row (operands of Wgrad).
 enum class BScales : uint8_t { kBlock, kRow };
 
+// One kernel instance. A tile of 128 rows gives each consumer 64 rows and all columns; one of 64 rows, for small M,
+// gives both all rows and half of the columns each, so that there too one promotes under the other's wgmma.
+struct TileShape {
+  int m, n;
+
+  constexpr int consumer_columns() const { return m == kWgmmaM ? n / kConsumers : n; }
+  constexpr int first_row(int consumer) const { return m == kWgmmaM ? 0 : consumer * kWgmmaM; }
+  constexpr int first_column(int consumer) const { return m == kWgmmaM ? consumer * consumer_columns() : 0; }
+};
+
+// How CTAs of a cluster work together. kPair: two take tiles one below the other and load each half of the rows of B
+// that both need. kSplit: all take one tile, and each a segment of K.
+enum class Cluster : uint8_t { kNone, kPair, kSplit };
+
+// K is cut into segments whose sums are added in ascending order: that is part of an output's value, so it depends on N
+// and K alone, never on M or the GPU. Whether the CTAs of a cluster take a segment each or one CTA takes them all is
+// the config's choice and changes no bit. More than one segment pays where the tiles of a small M would leave most of
+// kSegmentSms idle.
+struct Segments {
+  int blocks, count;  // k-blocks in all, and a power of two
+
+  // The first k-block of a segment, for segment = count that of the end.
+  constexpr int first(int segment) const { return static_cast<int>(static_cast<int64_t>(blocks) * segment / count); }
+
+  static constexpr int kSegmentSms = 132, kTileN = 64, kMinBlocks = 4;
+
+  static constexpr Segments of(int n, int k, BScales scales) {
+    const int blocks = (k + kTileK - 1) / kTileK, tiles = (n + kTileN - 1) / kTileN;
+    int count = 1;
+    while (scales == BScales::kBlock && 2 * count <= kMaxSplit && 2 * count * tiles <= kSegmentSms &&
+           2 * count * kMinBlocks <= blocks)
+      count *= 2;
+    return {blocks, count};
+  }
+};
+
 // Columns of BF16 output in one TMA store: a row of the box is one swizzle span of 64 or 128 bytes.
-constexpr int out_panel_columns(int tile_n) { return tile_n < 64 ? tile_n : 64; }
+constexpr int out_panel_columns(int consumer_columns) { return consumer_columns < 64 ? consumer_columns : 64; }
 
 // Byte offsets in dynamic shared memory, whose base is 1024-aligned as 128-byte swizzle wants. A stage s of an array
 // lies s * (its bytes per stage) further on. full[s]: the producer's arrival plus the bytes of the stage; empty[s]: one
 // arrival of each consumer warp of the cluster.
+//
+// In kSplit, `out` holds this CTA's partial sums in FP32 for its peers to read; ready and drained guard it: on ready
+// each CTA of the tile arrives when its sums are there, on drained when it has read those here.
 struct SharedPlan {
   int stages;
-  int a, b, out, a_scale, b_scale, full, empty;
+  int a, b, out, a_scale, b_scale, full, empty, ready, drained;
   int bytes;
 
-  static constexpr int kAStage = kTileM * kTileK;
-  static constexpr int kAScaleStage = kTileM * 4;
-  static constexpr int b_stage(int tile_n) { return tile_n * kTileK; }
-  static constexpr int b_scale_stage(int tile_n, BScales scales) { return scales == BScales::kRow ? tile_n * 4 : 0; }
+  static constexpr int a_stage(TileShape tile) { return tile.m * kTileK; }
+  static constexpr int b_stage(TileShape tile) { return tile.n * kTileK; }
+  static constexpr int a_scale_stage(TileShape tile) { return tile.m * 4; }
+  static constexpr int b_scale_stage(TileShape tile, BScales scales) {
+    return scales == BScales::kRow ? tile.n * 4 : 0;
+  }
   // Bytes that one stage's TMA loads complete on full[s].
-  static constexpr int stage_bytes(int tile_n, BScales scales) {
-    return kAStage + b_stage(tile_n) + kAScaleStage + b_scale_stage(tile_n, scales);
+  static constexpr int stage_bytes(TileShape tile, BScales scales) {
+    return a_stage(tile) + b_stage(tile) + a_scale_stage(tile) + b_scale_stage(tile, scales);
   }
 
   // As many stages as fit. FP32 output goes from registers to global memory and needs no staging: see the epilogue.
-  static constexpr SharedPlan make(int tile_n, BScales scales, DType out) {
-    const int out_bytes = out == DType::kBF16 ? kTileM * tile_n * 2 : 0;
-    const int per_stage = stage_bytes(tile_n, scales) + 2 * 8;
-    const int fit = (kMaxShared - out_bytes) / per_stage;
+  static constexpr SharedPlan make(TileShape tile, BScales scales, DType out, Cluster cluster) {
+    const int out_bytes = tile.m * tile.n * (cluster == Cluster::kSplit ? 4 : out == DType::kBF16 ? 2 : 0);
+    const int per_stage = stage_bytes(tile, scales) + 2 * 8;
+    const int fit = (kMaxShared - out_bytes - 2 * 8) / per_stage;
     const int stages = fit < kMaxStages ? fit : kMaxStages;
     SharedPlan plan{};
     plan.stages = stages;
     plan.a = 0;
-    plan.b = plan.a + stages * kAStage;
-    plan.out = plan.b + stages * b_stage(tile_n);
+    plan.b = plan.a + stages * a_stage(tile);
+    plan.out = plan.b + stages * b_stage(tile);
     plan.a_scale = plan.out + out_bytes;
-    plan.b_scale = plan.a_scale + stages * kAScaleStage;
-    plan.full = plan.b_scale + stages * b_scale_stage(tile_n, scales);
+    plan.b_scale = plan.a_scale + stages * a_scale_stage(tile);
+    plan.full = plan.b_scale + stages * b_scale_stage(tile, scales);
     plan.empty = plan.full + stages * 8;
-    plan.bytes = plan.empty + stages * 8;
+    plan.ready = plan.empty + stages * 8;
+    plan.drained = plan.ready + 8;
+    plan.bytes = plan.drained + 8;
     return plan;
   }
 };

@@ -8,28 +8,34 @@ namespace {
 struct Instance {
   BScales b_scales;
   DType out;
-  int tile_n, cluster;
+  TileShape tile;
+  Cluster kind;
   const char *module, *kernel;
 };
 
 // Every kernel that csrc/gemm/instantiations defines.
-#define FASTFP8_INSTANCES(SCALES, OUT, STEM)                                          \
-  {BScales::SCALES, DType::OUT, 32, 1, "gemm_" STEM, "gemm_sm90_" STEM "_n32"},       \
-      {BScales::SCALES, DType::OUT, 64, 1, "gemm_" STEM, "gemm_sm90_" STEM "_n64"},   \
-      {BScales::SCALES, DType::OUT, 128, 1, "gemm_" STEM, "gemm_sm90_" STEM "_n128"}, \
-      {BScales::SCALES, DType::OUT, 128, 2, "gemm_" STEM, "gemm_sm90_" STEM "_n128_c2"}
+#define FASTFP8_INSTANCE(SCALES, OUT, STEM, M, N, KIND, SUFFIX) \
+  {BScales::SCALES, DType::OUT, {M, N}, Cluster::KIND, "gemm_" STEM, "gemm_sm90_" STEM "_" #M "x" #N SUFFIX}
+#define FASTFP8_INSTANCES(SCALES, OUT, STEM)                                                                       \
+  FASTFP8_INSTANCE(SCALES, OUT, STEM, 64, 64, kNone, ""), FASTFP8_INSTANCE(SCALES, OUT, STEM, 64, 128, kNone, ""), \
+      FASTFP8_INSTANCE(SCALES, OUT, STEM, 128, 64, kNone, ""),                                                     \
+      FASTFP8_INSTANCE(SCALES, OUT, STEM, 128, 128, kNone, ""),                                                    \
+      FASTFP8_INSTANCE(SCALES, OUT, STEM, 128, 128, kPair, "_pair")
 constexpr Instance kInstances[] = {
     FASTFP8_INSTANCES(kBlock, kBF16, "block_bf16"),
     FASTFP8_INSTANCES(kBlock, kF32, "block_f32"),
     FASTFP8_INSTANCES(kRow, kBF16, "row_bf16"),
     FASTFP8_INSTANCES(kRow, kF32, "row_f32"),
+    FASTFP8_INSTANCE(kBlock, kBF16, "block_bf16", 64, 64, kSplit, "_split"),
+    FASTFP8_INSTANCE(kBlock, kF32, "block_f32", 64, 64, kSplit, "_split"),
 };
 #undef FASTFP8_INSTANCES
+#undef FASTFP8_INSTANCE
 
 const Instance& find_instance(const GemmProblem& problem, const GemmConfig& config) {
   for (const Instance& instance : kInstances) {
-    if (instance.b_scales == problem.b_scales && instance.out == problem.out && instance.tile_n == config.tile_n &&
-        instance.cluster == config.cluster)
+    if (instance.b_scales == problem.b_scales && instance.out == problem.out && instance.tile.m == config.tile.m &&
+        instance.tile.n == config.tile.n && instance.kind == config.kind)
       return instance;
   }
   throw std::logic_error("no GEMM kernel of " + config.str() + " for " + problem.str());
@@ -56,13 +62,13 @@ TensorMapSlot scale_map(const char* slot, int rows, int k, int64_t pitch, int ti
 }
 
 // BF16 output, 64 rows (one consumer's) by one panel.
-TensorMapSlot out_map(int m, int n, int tile_n) {
-  const int columns = out_panel_columns(tile_n);
+TensorMapSlot out_map(int m, int n, TileShape tile) {
+  const int columns = out_panel_columns(tile.consumer_columns());
   return {"out",
           {DType::kBF16,
            {static_cast<uint64_t>(n), static_cast<uint64_t>(m)},
            static_cast<uint64_t>(n) * 2,
-           {static_cast<uint32_t>(columns), kTileM / kConsumers},
+           {static_cast<uint32_t>(columns), kWgmmaM},
            columns == 64 ? Swizzle::k128B : Swizzle::k64B}};
 }
 
@@ -72,19 +78,23 @@ LaunchPlan plan(const GemmProblem& problem, const GemmConfig& config) {
   if (problem.m == 0 || problem.n == 0 || problem.k == 0)
     throw std::logic_error("nothing to launch for " + problem.str());
   const Instance& instance = find_instance(problem, config);
-  const bool by_row = problem.b_scales == BScales::kRow, bf16 = problem.out == DType::kBF16;
+  const TileShape tile = config.tile;
+  const bool by_row = problem.b_scales == BScales::kRow;
+  const bool by_tma = problem.out == DType::kBF16 && config.kind != Cluster::kSplit;
+  const int b_rows = tile.n / (config.kind == Cluster::kPair ? 2 : 1);
   LaunchPlan plan{};
   plan.module = instance.module, plan.kernel = instance.kernel;
   plan.grid = {config.grid, 1, 1}, plan.block = {kThreads, 1, 1}, plan.cluster = {config.cluster, 1, 1};
-  plan.shared_bytes = SharedPlan::make(config.tile_n, problem.b_scales, problem.out).bytes;
+  plan.shared_bytes = SharedPlan::make(tile, problem.b_scales, problem.out, config.kind).bytes;
+  plan.overlaps = true;
   // In the order of the entry's parameters (kernels/gemm_sm90.cuh).
-  plan.add(codes_map("a", problem.m, problem.k, problem.a_pitch, kTileM));
-  plan.add(codes_map("b", problem.n, problem.k, problem.b_pitch, config.tile_n / config.cluster));
-  plan.add(scale_map("a_scale", problem.m, problem.k, problem.a_scale_pitch, kTileM));
-  plan.add(by_row ? scale_map("b_scale", problem.n, problem.k, problem.b_scale_pitch, config.tile_n) : TensorMapSlot{});
-  plan.add(bf16 ? out_map(problem.m, problem.n, config.tile_n) : TensorMapSlot{});
+  plan.add(codes_map("a", problem.m, problem.k, problem.a_pitch, tile.m));
+  plan.add(codes_map("b", problem.n, problem.k, problem.b_pitch, b_rows));
+  plan.add(scale_map("a_scale", problem.m, problem.k, problem.a_scale_pitch, tile.m));
+  plan.add(by_row ? scale_map("b_scale", problem.n, problem.k, problem.b_scale_pitch, tile.n) : TensorMapSlot{});
+  plan.add(by_tma ? out_map(problem.m, problem.n, tile) : TensorMapSlot{});
   plan.add(TensorSlot{by_row ? nullptr : "b_scale"});
-  plan.add(TensorSlot{bf16 ? nullptr : "out"});
+  plan.add(TensorSlot{by_tma ? nullptr : "out"});
   plan.add(TensorSlot{problem.c ? "c" : nullptr});
   plan.add(int32_t{problem.c == DType::kBF16});
   plan.add(int32_t{problem.c_pitch});

@@ -8,15 +8,30 @@
 
 namespace fastfp8::gemm {
 
+// What the model expects of a config, in clocks of an SM. For comparing configs of one problem: the constants behind it
+// are others' (machine.h).
+struct Cost {
+  // Of one k-block in one CTA. They overlap: the largest counts.
+  double tensor, consumer, from_l2, into_sm, latency;
+  double block;           // that largest
+  double fill, epilogue;  // of one tile, not overlapped
+  double waves;           // tiles that the busiest CTA walks
+  double hbm;             // all bytes once at HBM's rate
+  double total;
+};
+
 // The answer: one kernel instance and how its grid walks the tiles.
 struct GemmConfig {
-  int tile_m, tile_n, tile_k;
+  TileShape tile;
+  Cluster kind;
+  int cluster;  // CTAs of a cluster
+  Segments segments;
   int stages;
-  int cluster;  // CTAs that take tiles one below the other and share B
-  int grid;     // CTAs of the persistent grid
+  int grid;  // CTAs of the persistent grid
   TileOrder order;
-  double cycles;  // the model's estimate, for comparing configs of one problem only
+  Cost cost;
 
+  std::string name() const;  // "128x128 pair"
   std::string str() const;
 };
 

@@ -19,7 +19,7 @@ void check_tensor(const char* name, const TensorView& tensor, DType dtype, int d
       (tensor.device < 0 ? "one that is not on a CUDA device" : "one on cuda:" + std::to_string(tensor.device)));
   FASTFP8_CHECK_ARGUMENT(tensor.address % kAlignment == 0, kOp, name, "data at a multiple of 16 bytes",
                          "an address " << tensor.address % kAlignment << " bytes past one");
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - kTileM;
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 128;
   FASTFP8_CHECK_ARGUMENT(tensor.sizes[0] <= kMost && tensor.sizes[1] <= kMost, kOp, name, "sizes below 2^31 - 128",
                          PrintPair{tensor.sizes});
 }
@@ -61,7 +61,7 @@ int64_t check_block_scale(const char* name, const TensorView& scale, int64_t row
 
 }  // namespace
 
-GemmProblem make_problem(const GemmOperands& operands, int num_sms) {
+GemmProblem make_problem(const GemmOperands& operands, int num_sms, const Machine& machine) {
   const TensorView &a = operands.a, &b = operands.b;
   const bool by_row = operands.b_block_rows == 1;
   FASTFP8_CHECK_ARGUMENT(operands.b_block_columns == 128 && (by_row || operands.b_block_rows == 128), kOp, "b_block",
@@ -106,6 +106,7 @@ GemmProblem make_problem(const GemmOperands& operands, int num_sms) {
     problem.c_pitch = static_cast<int>(pitch);
   }
   problem.num_sms = num_sms;
+  problem.machine = &machine;
   return problem;
 }
 
@@ -113,7 +114,7 @@ std::string GemmProblem::str() const {
   std::ostringstream text;
   text << "GemmProblem(m=" << m << ", n=" << n << ", k=" << k
        << ", b_scales=" << (b_scales == BScales::kRow ? "row" : "block") << ", out=" << name_of(out)
-       << ", c=" << (c ? name_of(*c) : "None") << ", num_sms=" << num_sms << ")";
+       << ", c=" << (c ? name_of(*c) : "None") << ", num_sms=" << num_sms << ", machine=" << machine->name << ")";
   return text.str();
 }
 

@@ -6,6 +6,7 @@
 
 #include "../common/tensor_view.h"
 #include "config.h"
+#include "machine.h"
 
 namespace fastfp8::gemm {
 
@@ -19,6 +20,7 @@ struct GemmProblem {
   int64_t a_scale_pitch, b_scale_pitch;  // floats from one k-block to the next ((1, 128) scales are column-major)
   int c_pitch;                           // elements from row to row
   int num_sms;
+  const Machine* machine;  // for the cost model
 
   std::string str() const;
 };
@@ -31,6 +33,6 @@ struct GemmOperands {
 };
 
 // Raises std::runtime_error that names the argument unless the operands fit together and the kernels can read them.
-GemmProblem make_problem(const GemmOperands& operands, int num_sms);
+GemmProblem make_problem(const GemmOperands& operands, int num_sms, const Machine& machine);
 
 }  // namespace fastfp8::gemm

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <iterator>
 #include <sstream>
 #include <stdexcept>
 
@@ -8,12 +7,15 @@
 namespace fastfp8::gemm {
 namespace {
 
-// Clocks per k-block of one CTA on an SM of its own (reference numbers of H100 SXM, 132 SMs).
-constexpr double kTensorFlopsPerClock = 8192;  // dense FP8, one SM
-constexpr double kL2BytesPerClock = 4500;      // whole chip, measured by others at 4200 to 4800
-constexpr double kSmBytesPerClock = 64;        // what one SM can take from L2
-constexpr double kStageLatency = 64;           // barrier round trip and promotion not hidden by the other consumer
-constexpr double kTileOverhead = 1200;         // pipeline fill and epilogue
+// Clocks of what a consumer does for a k-block beside its wgmma and its FFMA: barriers, scales, the wgmma's own
+// latency.
+constexpr double kConsumerOverhead = 90;
+constexpr double kEpilogueFixed = 500;  // of one tile: barriers, and the first store's way out
+constexpr double kStoreBytes = 32;      // of output that one SM writes per clock
+constexpr double kExchange = 1500;      // of a split: two meetings of the cluster, and reads of the peers
+constexpr double kFp32PerClock = 128;   // FFMA or FMUL, one SM
+constexpr double kNotHidden = 0.1;      // of the shorter of computing and HBM, the share that the longer does not cover
+constexpr double kOperandBytes = 128;   // of shared memory that wgmma reads per clock
 
 // How many tile rows one band of the walk has: the tiles in flight should cover a region close to a square in bytes.
 int band_of(int tiles_m, int tile_m, int tile_n, int clusters) {
@@ -27,42 +29,82 @@ int band_of(int tiles_m, int tile_m, int tile_n, int clusters) {
   return best;
 }
 
-GemmConfig make_config(const GemmProblem& problem, int tile_n, int cluster) {
+// The bytes that must come from HBM or go there.
+double traffic(const GemmProblem& problem) {
+  const double m = problem.m, n = problem.n, k = problem.k, out = size_of(problem.out);
+  const double b_scales = (problem.b_scales == BScales::kRow ? n : n / 128) * k / 128 * 4;
+  return m * k + n * k + m * k / 128 * 4 + b_scales + m * n * (out + (problem.c ? size_of(*problem.c) : 0));
+}
+
+Cost cost_of(const GemmProblem& problem, const GemmConfig& config) {
+  const Machine& machine = *problem.machine;
+  const int columns = config.tile.consumer_columns();
+  const double rows_a = std::min(problem.m, config.tile.m);  // rows past M are filled, not read
+  const bool split = config.kind == Cluster::kSplit, pair = config.kind == Cluster::kPair;
+  Cost cost{};
+  // A wgmma of 64 x columns x 32 takes the tensor core's time or that of reading A and B, of 64 and `columns` rows.
+  const double wgmma =
+      std::max(2.0 * kWgmmaM * columns * 32 / machine.tensor_flops, (kWgmmaM + columns) * 32 / kOperandBytes);
+  const double own = kTileK / 32 * wgmma;
+  const double products = problem.b_scales == BScales::kRow ? 2.0 : 1.0;  // FMUL and FFMA, or FFMA
+  const double promotion = products * kWgmmaM * columns / kFp32PerClock;
+  cost.tensor = kConsumers * own;
+  cost.consumer = own + promotion + kConsumerOverhead;
+  cost.from_l2 = (rows_a + config.tile.n / (pair ? 2.0 : 1.0)) * kTileK * config.grid / machine.l2_bytes;
+  cost.into_sm = (rows_a + config.tile.n) * kTileK / machine.sm_bytes;
+  cost.latency = machine.latency / config.stages;
+  cost.block = std::max({cost.tensor, cost.consumer, cost.from_l2, cost.into_sm, cost.latency});
+  cost.fill = machine.latency + cost.block;
+  cost.epilogue = split ? kExchange : kEpilogueFixed + rows_a * config.tile.n * size_of(problem.out) / kStoreBytes;
+  const double clusters = std::max(problem.num_sms / config.cluster, 1);
+  cost.waves = static_cast<double>(
+      ceil_div(static_cast<int64_t>(config.order.tiles_m) * config.order.tiles_n, static_cast<int64_t>(clusters)));
+  cost.hbm = traffic(problem) / machine.hbm_bytes;
+  const double blocks = split ? ceil_div(config.segments.blocks, config.segments.count) : config.segments.blocks;
+  // The producer fills the next tile's stages under the epilogue, so the pipeline fills once.
+  const double walk = cost.waves * (blocks * cost.block + cost.epilogue);
+  cost.total = cost.fill + std::max(walk, cost.hbm) + kNotHidden * std::min(walk, cost.hbm);
+  return cost;
+}
+
+GemmConfig make_config(const GemmProblem& problem, TileShape tile, Cluster kind) {
   GemmConfig config{};
-  config.tile_m = kTileM, config.tile_n = tile_n, config.tile_k = kTileK, config.cluster = cluster;
-  config.stages = SharedPlan::make(tile_n, problem.b_scales, problem.out).stages;
-  const int tiles_m = static_cast<int>(ceil_div(problem.m, kTileM * cluster)),
-            tiles_n = static_cast<int>(ceil_div(problem.n, tile_n)), clusters = problem.num_sms / cluster;
-  config.order = {tiles_m, tiles_n, band_of(tiles_m, kTileM * cluster, tile_n, clusters)};
-  const int64_t tiles = static_cast<int64_t>(tiles_m) * tiles_n;
-  config.grid = static_cast<int>(std::min<int64_t>(tiles, clusters)) * cluster;
-  const double waves = static_cast<double>(ceil_div(tiles, std::max(clusters, 1)));
-  const double tensor = 2.0 * kTileM * tile_n * kTileK / kTensorFlopsPerClock;
-  const double rows_a = std::min(problem.m, kTileM);  // rows past M are filled, not read
-  const double from_l2 = (rows_a + tile_n / cluster) * kTileK * config.grid / kL2BytesPerClock;
-  const double into_sm = (rows_a + tile_n) * kTileK / kSmBytesPerClock;
-  const double load = std::max(from_l2, into_sm);
-  config.cycles = waves * (ceil_div(problem.k, kTileK) * (std::max(tensor, load) + kStageLatency) + kTileOverhead);
+  config.tile = tile, config.kind = kind;
+  config.segments = Segments::of(problem.n, problem.k, problem.b_scales);
+  config.cluster = kind == Cluster::kNone ? 1 : kind == Cluster::kPair ? 2 : config.segments.count;
+  config.stages = SharedPlan::make(tile, problem.b_scales, problem.out, kind).stages;
+  const int rows = tile.m * (kind == Cluster::kPair ? 2 : 1);
+  const int tiles_m = static_cast<int>(ceil_div(problem.m, rows)),
+            tiles_n = static_cast<int>(ceil_div(problem.n, tile.n)), clusters = problem.num_sms / config.cluster;
+  config.order = {tiles_m, tiles_n, band_of(tiles_m, rows, tile.n, std::max(clusters, 1))};
+  config.grid = static_cast<int>(std::min<int64_t>(static_cast<int64_t>(tiles_m) * tiles_n, clusters)) * config.cluster;
+  config.cost = cost_of(problem, config);
   return config;
+}
+
+std::string reason_against(const GemmProblem& problem, const GemmConfig& config) {
+  constexpr int kNarrowest = 64;
+  if (config.kind == Cluster::kSplit && config.segments.count == 1) return "N and K make one segment only";
+  if (config.cluster > problem.num_sms) return "a cluster needs more SMs than there are";
+  if (config.tile.n > kNarrowest && config.tile.n >= 2 * round_up(problem.n, kNarrowest))
+    return "at least half of each tile lies past N";
+  if (config.tile.m > kWgmmaM && problem.m <= kWgmmaM) return "half of each tile lies past M";
+  if (config.kind == Cluster::kPair && problem.m <= config.tile.m) return "half of each pair lies past M";
+  return "";
 }
 
 }  // namespace
 
 std::vector<Candidate> candidates(const GemmProblem& problem) {
-  constexpr int kWidest = std::end(kTileNs)[-1];
+  constexpr TileShape kShapes[] = {{64, 64}, {64, 128}, {128, 64}, {128, 128}};
   std::vector<Candidate> all;
-  for (int tile_n : kTileNs) {
-    for (int cluster = 1; cluster <= (tile_n == kWidest ? kMaxCluster : 1); ++cluster) {
-      Candidate candidate{make_config(problem, tile_n, cluster), ""};
-      if (tile_n > kTileNs[0] && tile_n >= 2 * round_up(problem.n, kTileNs[0]))
-        candidate.rejected = "at least half of each tile lies past N";
-      else if (cluster > 1 && problem.m <= kTileM)
-        candidate.rejected = "half of each cluster lies past M";
-      else if (cluster > problem.num_sms)
-        candidate.rejected = "a cluster needs more SMs than there are";
-      all.push_back(candidate);
-    }
-  }
+  const auto add = [&](TileShape tile, Cluster kind) {
+    const GemmConfig config = make_config(problem, tile, kind);
+    all.push_back({config, reason_against(problem, config)});
+  };
+  for (TileShape tile : kShapes) add(tile, Cluster::kNone);
+  add({128, 128}, Cluster::kPair);
+  if (problem.b_scales == BScales::kBlock) add({64, 64}, Cluster::kSplit);
   return all;
 }
 
@@ -70,19 +112,24 @@ GemmConfig select(const GemmProblem& problem) {
   const GemmConfig* best = nullptr;
   const auto all = candidates(problem);
   for (const Candidate& candidate : all) {
-    // A tie goes to the wider tile: fewer bytes through L2.
-    if (candidate.rejected.empty() && (best == nullptr || candidate.config.cycles <= best->cycles))
+    // A tie goes to the later one, which has fewer bytes go through L2.
+    if (candidate.rejected.empty() && (best == nullptr || candidate.config.cost.total <= best->cost.total))
       best = &candidate.config;
   }
   if (best == nullptr) throw std::logic_error("no GEMM config for " + problem.str());
   return *best;
 }
 
+std::string GemmConfig::name() const {
+  const std::string size = std::to_string(tile.m) + "x" + std::to_string(tile.n);
+  return kind == Cluster::kNone ? size : size + (kind == Cluster::kPair ? " pair" : " split");
+}
+
 std::string GemmConfig::str() const {
   std::ostringstream text;
-  text << "GemmConfig(tile=" << tile_m << "x" << tile_n << "x" << tile_k << ", stages=" << stages
-       << ", cluster=" << cluster << ", grid=" << grid << ", tiles=" << order.tiles_m << "x" << order.tiles_n
-       << ", band=" << order.band << ", cycles=" << cycles << ")";
+  text << "GemmConfig(" << name() << ", stages=" << stages << ", cluster=" << cluster << ", segments=" << segments.count
+       << ", grid=" << grid << ", tiles=" << order.tiles_m << "x" << order.tiles_n << ", band=" << order.band
+       << ", cycles=" << cost.total << ")";
   return text.str();
 }
 

@@ -31,9 +31,11 @@ def gemm(
     """``a @ b.T + c``, of operands in FP8 with fine-grained scales.
 
     For each 128-wide block of K in ascending order: ``partial`` is the tensor core's product of the codes from zero,
-    and ``acc = fma(scale_a * scale_b, partial, acc)`` in FP32. Then ``c`` is added in FP32 and the sum rounded once.
-    The result does not depend on M, on the tile or on the number of SMs. On the CPU the product is that of the
-    dequantised operands in FP32. DeepSeek-V3 report, section 3.3.2.
+    and ``acc = fma(scale_a * scale_b, partial, acc)`` in FP32. Where N is small and K is large, K is cut into two to
+    eight segments with an ``acc`` of their own, which are added in ascending order: how many depends on N and K alone,
+    so that SMs can share a long sum of a few rows. Then ``c`` is added in FP32 and the sum rounded once. The result
+    does not depend on M, on the tile or on the number of SMs. On the CPU the product is that of the dequantised
+    operands in FP32. DeepSeek-V3 report, section 3.3.2.
 
     Args:
         a: activations or gradients [M, K] in (1, 128) blocks. K a multiple of 16; any M, 0 too.

@@ -9,12 +9,15 @@ beside it says why it is exact. A host that flushes subnormals (``torch.set_flus
 
 from __future__ import annotations
 
+import functools
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _C
 from ..errors import check_value
 from ..layout import BLOCK, Block, ceil_div
 
@@ -166,7 +169,8 @@ def gemm(
 
     For each interval of K in ascending order: ``partial`` is the chain of k32 steps from zero, and
     ``acc = fma(scale_a * scale_b, partial, acc)`` in FP32, from zero; the product of the scales is one FP32
-    multiplication. Then ``c`` is added in FP32, and the sum rounded once to ``out_dtype``. Every NaN is the canonical
+    multiplication. Where N and K make several segments of K, each has an ``acc`` of its own, and these are added in
+    ascending order. Then ``c`` is added in FP32, and the sum rounded once to ``out_dtype``. Every NaN is the canonical
     one, 0x7FFFFFFF or 0x7FFF. DeepSeek-V3 report, section 3.3.2, in the order of DeepGEMM's operations.
 
     Args:
@@ -176,7 +180,7 @@ def gemm(
         out_dtype: bfloat16 or float32.
         c: bfloat16 or float32 [M, N], or None.
         promote_every: elements of K between promotions, a multiple of 32. The contract is 128, other values are for
-            experiments. None promotes only at the end: all of K is one chain.
+            experiments, in which all of K is one segment. None promotes only at the end: all of K is one chain.
 
     Raises:
         ValueError: ``promote_every`` is not such a number, or a row's scales differ within an interval.
@@ -185,6 +189,9 @@ def gemm(
     if b_block[0] != 1:
         b_scale = b_scale.repeat_interleave(b_block[0], 0)[:n]
     interval = _check_interval(k, promote_every, a_scale, b_scale)
+    segments = [0, k]
+    if promote_every == BLOCK and k:
+        segments = [min(BLOCK * block, k) for block in _C.gemm_segments(n, k, b_block)]
     acc = torch.zeros((m, n), dtype=torch.float32, device=a.device)
     # Zero codes up to a whole step stand for those up to the end of the block: a step of zeros changes no accumulator.
     tail = (0, 0, 0, -k % STEP)
@@ -194,13 +201,17 @@ def gemm(
         for col in range(0, n, _TILE_N):
             cols = slice(col, col + _TILE_N)
             right = _decode(F.pad(b[cols].view(torch.uint8).t(), tail))
-            tile = acc[rows, cols]
-            for first in range(0, k, interval):
-                partial = torch.zeros_like(tile)
-                for step in range(first, min(first + interval, k), STEP):
-                    partial = _fused_sum(left.along_k(step), right.along_k(step), partial)
-                scale = a_scale[rows, first // BLOCK, None] * b_scale[cols, first // BLOCK]
-                tile.copy_(fma(scale, partial, tile))
+            sums = []
+            for begin, end in pairwise(segments):
+                tile = torch.zeros_like(acc[rows, cols])
+                for first in range(begin, end, interval):
+                    partial = torch.zeros_like(tile)
+                    for step in range(first, min(first + interval, end), STEP):
+                        partial = _fused_sum(left.along_k(step), right.along_k(step), partial)
+                    scale = a_scale[rows, first // BLOCK, None] * b_scale[cols, first // BLOCK]
+                    tile = fma(scale, partial, tile)
+                sums.append(tile)
+            acc[rows, cols] = functools.reduce(torch.add, sums)
     if c is not None:
         acc += c
     return _round(acc, out_dtype)

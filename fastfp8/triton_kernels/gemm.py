@@ -1,7 +1,8 @@
 """The dense FP8 GEMM with fine-grained scales, in Triton: for every GPU that the CUDA C++ kernel does not serve.
 
 A row's bits do not depend on M, because nothing that decides them does: the tile along K is always 128, products are
-promoted once a k-block in ascending order, and every tile of the table below reaches the same tensor-core instruction.
+promoted once a k-block in ascending order, the segments of K are those of the CUDA kernel, and every tile of the table
+below reaches the same tensor-core instruction.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import _C
 from ..layout import BLOCK, Block, ceil_div
 from . import require_fp8
 
@@ -62,6 +64,7 @@ def gemm_kernel(
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SEGMENTS: tl.constexpr,
 ):
     group_tiles = GROUP_M * tl.cdiv(N, TILE_N)
     first_m = tl.program_id(0) // group_tiles * GROUP_M
@@ -79,24 +82,27 @@ def gemm_kernel(
     a_factor = a_scale + m * a_scale_m_stride
     b_factor = b_scale + n // B_BLOCK_ROWS * b_scale_n_stride
 
-    acc = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for k_block in range(tl.cdiv(K, TILE_K)):
-        k_inside = k < K - k_block * TILE_K
-        a_codes = tl.load(a_tile, mask=m_inside[:, None] & k_inside[None, :], other=0.0)
-        b_codes = tl.load(b_tile, mask=n_inside[None, :] & k_inside[:, None], other=0.0)
-        factors = (
-            tl.load(a_factor, mask=m_inside, other=0.0)[:, None] * tl.load(b_factor, mask=n_inside, other=0.0)[None, :]
-        )
-        acc = tl.fma(factors, tl.dot(a_codes, b_codes), acc)
-        a_tile += TILE_K
-        b_tile += TILE_K
-        a_factor += a_scale_k_stride
-        b_factor += b_scale_k_stride
+    blocks = tl.cdiv(K, TILE_K)
+    total = tl.zeros((TILE_M, TILE_N), tl.float32)
+    for segment in range(SEGMENTS):
+        acc = tl.zeros((TILE_M, TILE_N), tl.float32)
+        for k_block in range(blocks * segment // SEGMENTS, blocks * (segment + 1) // SEGMENTS):
+            k_inside = k < K - k_block * TILE_K
+            a_codes = tl.load(a_tile, mask=m_inside[:, None] & k_inside[None, :], other=0.0)
+            b_codes = tl.load(b_tile, mask=n_inside[None, :] & k_inside[:, None], other=0.0)
+            a_factors = tl.load(a_factor, mask=m_inside, other=0.0)
+            b_factors = tl.load(b_factor, mask=n_inside, other=0.0)
+            acc = tl.fma(a_factors[:, None] * b_factors[None, :], tl.dot(a_codes, b_codes), acc)
+            a_tile += TILE_K
+            b_tile += TILE_K
+            a_factor += a_scale_k_stride
+            b_factor += b_scale_k_stride
+        total = tl.where(segment == 0, acc, total + acc)
 
     inside = m_inside[:, None] & n_inside[None, :]
     if c is not None:
-        acc += tl.load(c + m[:, None] * c_row_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + m[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        total += tl.load(c + m[:, None] * c_row_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + m[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 def gemm(
@@ -136,6 +142,7 @@ def gemm(
             TILE_N=tile.n,
             TILE_K=BLOCK,
             GROUP_M=_GROUP_M,
+            SEGMENTS=len(_C.gemm_segments(n, k, b_block)) - 1,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             enable_fp_fusion=False,

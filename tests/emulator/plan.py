@@ -10,7 +10,7 @@ from fastfp8 import _C
 from fastfp8.backends import KERNELS
 
 from .build import native
-from .kernel import Counters, EmulationError, Machine
+from .kernel import Counters, EmulationError, Launch, Machine
 from .tensor_map import MAP_BYTES, Buffer, TensorMap, buffer_of, dtype_name, encode
 
 
@@ -27,10 +27,8 @@ def _tensor_map(slot: _C.TensorMapSlot, buffer: Buffer) -> TensorMap:
     return TensorMap.from_bytes(data, repr(slot))
 
 
-def run_plan(
-    plan: _C.LaunchPlan, tensors: Mapping[str, Any], machine: Machine | None = None, ptx: str | None = None
-) -> Counters:
-    """Run the kernel of ``plan`` from its PTX on CPU tensors.
+def prepare_plan(plan: _C.LaunchPlan, tensors: Mapping[str, Any], machine: Machine, ptx: str | None = None) -> Launch:
+    """The launch of ``plan`` on CPU tensors from its kernel's PTX, for ``Machine.launch_all``.
 
     As in the driver, a map says what the plan says, not what the tensor is: one that reaches beyond its tensor is an
     error where the kernel reads or writes there.
@@ -38,10 +36,9 @@ def run_plan(
     Args:
         plan: from a planner of ``fastfp8._C``.
         tensors: a torch CPU tensor for each slot of the plan; others are ignored.
-        machine: None is a new one.
+        machine: where it will run.
         ptx: text to run in place of the built module's, for kernels broken on purpose.
     """
-    machine = Machine() if machine is None else machine
     buffers: dict[str, Buffer] = {}
 
     def bound(slot: str) -> Buffer:
@@ -61,4 +58,15 @@ def run_plan(
             args.append(argument)
     kernels = machine.kernels_of(_parsed(plan.module)) if ptx is None else machine.load(ptx)
     kernel = kernels[plan.kernel]
-    return kernel.launch(plan.grid, plan.block, plan.cluster, plan.shared_bytes, args, memory=list(buffers.values()))
+    memory = list(buffers.values())
+    return kernel.prepare(
+        plan.grid, plan.block, plan.cluster, plan.shared_bytes, args, memory=memory, programmatic=plan.overlaps
+    )
+
+
+def run_plan(
+    plan: _C.LaunchPlan, tensors: Mapping[str, Any], machine: Machine | None = None, ptx: str | None = None
+) -> Counters:
+    """Run the kernel of ``plan`` to its end; as ``prepare_plan``, where no machine is a new one."""
+    machine = Machine() if machine is None else machine
+    return machine.launch_all([prepare_plan(plan, tensors, machine, ptx)])[0]

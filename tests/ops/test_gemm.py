@@ -71,20 +71,31 @@ def calc_diff(x: torch.Tensor, y: np.ndarray) -> float:
     return 1 - 2 * (got * y).sum() / (got**2 + y**2).sum()
 
 
+def segments(n: int, k: int, b_block: tuple[int, int]) -> list[tuple[int, int]]:
+    """First and last k-block of each segment of K: as many as leave each four, and 132 tiles of 64 columns in all."""
+    blocks, tiles = -(-k // 128), -(-n // 64)
+    fitting = [s for s in (1, 2, 4, 8) if s == 1 or (b_block != (1, 128) and s * tiles <= 132 and 4 * s <= blocks)]
+    count = max(fitting)
+    return [(blocks * s // count, blocks * (s + 1) // count) for s in range(count)]
+
+
 def promoted(a: ScaledTensor, b: ScaledTensor, c: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
-    """The contract with an exact tensor core: one FP32 fma for each 128-wide k-block in ascending order, by libm."""
+    """The contract with an exact tensor core: an fma of libm for each k-block of a segment in ascending order."""
     fmaf = ctypes.CDLL(ctypes.util.find_library("m")).fmaf
     fmaf.restype, fmaf.argtypes = ctypes.c_float, [ctypes.c_float] * 3
     fma = np.frompyfunc(fmaf, 3, 1)
     (m, k), n = a.shape, b.shape[0]
     codes = [t.data.contiguous().view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn) for t in (a, b)]
     b_scale = b.scale.numpy().repeat(b.block[0], 0)[:n]
-    acc = np.zeros((m, n), np.float32)
-    for k_block in range(-(-k // 128)):
-        left, right = (c[:, 128 * k_block : 128 * (k_block + 1)].astype(np.float64) for c in codes)
-        factor = a.scale.numpy()[:, k_block, None] * b_scale[None, :, k_block]
-        acc = fma(factor, (left @ right.T).astype(np.float32), acc).astype(np.float32)
-    out = torch.from_numpy(acc)
+    total = None
+    for first, last in segments(n, k, b.block):
+        acc = np.zeros((m, n), np.float32)
+        for k_block in range(first, last):
+            left, right = (c[:, 128 * k_block : 128 * (k_block + 1)].astype(np.float64) for c in codes)
+            factor = a.scale.numpy()[:, k_block, None] * b_scale[None, :, k_block]
+            acc = fma(factor, (left @ right.T).astype(np.float32), acc).astype(np.float32)
+        total = acc if total is None else total + acc
+    out = torch.from_numpy(total)
     return (out if c is None else out + c.float()).to(out_dtype)
 
 

@@ -1,6 +1,8 @@
 #include "../kernels/gemm_sm90.cuh"
 
-FASTFP8_GEMM_SM90(gemm_sm90_block_bf16_n32, 32, kBlock, kBF16, 1)
-FASTFP8_GEMM_SM90(gemm_sm90_block_bf16_n64, 64, kBlock, kBF16, 1)
-FASTFP8_GEMM_SM90(gemm_sm90_block_bf16_n128, 128, kBlock, kBF16, 1)
-FASTFP8_GEMM_SM90(gemm_sm90_block_bf16_n128_c2, 128, kBlock, kBF16, 2)
+FASTFP8_GEMM_SM90(gemm_sm90_block_bf16_64x64, 64, 64, kBlock, kBF16, kNone)
+FASTFP8_GEMM_SM90(gemm_sm90_block_bf16_64x128, 64, 128, kBlock, kBF16, kNone)
+FASTFP8_GEMM_SM90(gemm_sm90_block_bf16_128x64, 128, 64, kBlock, kBF16, kNone)
+FASTFP8_GEMM_SM90(gemm_sm90_block_bf16_128x128, 128, 128, kBlock, kBF16, kNone)
+FASTFP8_GEMM_SM90(gemm_sm90_block_bf16_128x128_pair, 128, 128, kBlock, kBF16, kPair)
+FASTFP8_GEMM_SM90(gemm_sm90_block_bf16_64x64_split, 64, 64, kBlock, kBF16, kSplit)

@@ -1,0 +1,92 @@
+// What the parts of a GEMM kernel share: its template parameters in one type, its arguments, its shared memory.
+#pragma once
+#include "../../ptx/tma.cuh"
+#include "../config.h"
+
+namespace fastfp8::gemm {
+
+// Kernel parameters but for the tensor maps, which must stay __grid_constant__ parameters of the entry.
+struct Arguments {
+  const CUtensorMap *a, *b, *a_scale, *b_scale, *out_map;
+  const float* b_block_scale;  // BScales::kBlock: [ceil(N / 128), ceil(K / 128)], row-major
+  void* out;                   // [M, N] of kOut, row-major; nullptr where out_map serves
+  const void* c;               // nullptr, or [M, N] of c_type with rows c_pitch elements apart
+  int c_is_bf16, c_pitch;
+  int m, n, k;
+  TileOrder order;
+};
+
+template <int kTileM, int kTileN, BScales kScalesOfB, DType kOutType, Cluster kClusterOf>
+struct Instance {
+  static constexpr TileShape kTile{kTileM, kTileN};
+  static constexpr BScales kScales = kScalesOfB;
+  static constexpr DType kOut = kOutType;
+  static constexpr Cluster kCluster = kClusterOf;
+  static constexpr int kColumns = kTile.consumer_columns();
+  static constexpr SharedPlan kPlan = SharedPlan::make(kTile, kScales, kOut, kCluster);
+  // A constexpr object has no address in device code, so these make one.
+  static constexpr int first_row(int consumer) { return TileShape{kTileM, kTileN}.first_row(consumer); }
+  static constexpr int first_column(int consumer) { return TileShape{kTileM, kTileN}.first_column(consumer); }
+  // CTAs that share loads, and with them the stages' barriers.
+  static constexpr int kSharers = kCluster == Cluster::kPair ? 2 : 1;
+
+  static_assert(kPlan.stages >= 3 && kPlan.bytes <= kMaxShared);
+  static_assert(128 % kTileN == 0, "a tile takes its B scale from one block of 128 rows");
+  static_assert(kTileM == kWgmmaM || kTileM == kConsumers * kWgmmaM);
+};
+
+// The accumulator fragment of a thread: two rows, kColumns / 4 columns of each. See wgmma_m64k32_e4m3.
+template <int kColumns>
+struct Fragment {
+  float value[kColumns / 2];
+};
+
+// The shared memory of a CTA by SharedPlan's names.
+template <class I>
+struct Shared {
+  uint8_t* base;
+
+  static constexpr SharedPlan kPlan = I::kPlan;
+
+  __device__ __forceinline__ uint8_t* a(int stage) const {
+    return base + kPlan.a + stage * SharedPlan::a_stage(I::kTile);
+  }
+  __device__ __forceinline__ uint8_t* b(int stage) const {
+    return base + kPlan.b + stage * SharedPlan::b_stage(I::kTile);
+  }
+  __device__ __forceinline__ float* a_scale(int stage) const {
+    return reinterpret_cast<float*>(base + kPlan.a_scale + stage * SharedPlan::a_scale_stage(I::kTile));
+  }
+  __device__ __forceinline__ float* b_scale(int stage) const {
+    return reinterpret_cast<float*>(base + kPlan.b_scale + stage * SharedPlan::b_scale_stage(I::kTile, I::kScales));
+  }
+  __device__ __forceinline__ uint8_t* out() const { return base + kPlan.out; }
+  __device__ __forceinline__ uint64_t* full(int stage) const { return barrier(kPlan.full) + stage; }
+  __device__ __forceinline__ uint64_t* empty(int stage) const { return barrier(kPlan.empty) + stage; }
+  __device__ __forceinline__ uint64_t* ready() const { return barrier(kPlan.ready); }
+  __device__ __forceinline__ uint64_t* drained() const { return barrier(kPlan.drained); }
+
+  __device__ __forceinline__ uint64_t* barrier(int offset) const { return reinterpret_cast<uint64_t*>(base + offset); }
+};
+
+// Position in the ring of stages. A barrier's first completion has parity 0: consumers wait for `phase`, the producer
+// for the other one, which a fresh barrier grants at once.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+__device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
+  while (!ptx::mbarrier_try_wait(barrier, parity)) {
+  }
+}
+
+}  // namespace fastfp8::gemm

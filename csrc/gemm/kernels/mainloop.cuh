@@ -1,0 +1,113 @@
+// The consumers' main loop: wgmma on a stage, then promotion of its partial sums in FP32. One for every kernel.
+#pragma once
+#include "../../ptx/cluster.cuh"
+#include "../../ptx/wgmma.cuh"
+#include "instance.cuh"
+
+namespace fastfp8::gemm {
+
+// scale_b of each k-block of a tile in BScales::kBlock: lane l holds that of k-block 32 i + l, loaded a chunk of 32
+// ahead of its use, so that neither shared memory nor latency is spent on a value that is the same for the whole tile.
+struct BlockScales {
+  const float* row;
+  int count;
+  float now, next;
+
+  __device__ __forceinline__ BlockScales(const float* row, int count, int lane) : row(row), count(count), now(0) {
+    next = load(lane);
+  }
+  __device__ __forceinline__ float load(int block) const { return block < count ? __ldg(row + block) : 0.0f; }
+  // To be asked for each block in turn.
+  __device__ __forceinline__ float at(int block, int lane) {
+    if (block % 32 == 0) {
+      now = next;
+      next = load(block + 32 + lane);
+    }
+    return __shfl_sync(0xffffffff, now, block % 32);
+  }
+};
+
+// acc += scale_a * scale_b * partial, for the two rows of a thread.
+template <int kColumns>
+__device__ __forceinline__ void promote(Fragment<kColumns>& acc, const Fragment<kColumns>& partial,
+                                        const float (&row_scale)[2], const float2 (&column_scale)[kColumns / 8]) {
+#pragma unroll
+  for (int j = 0; j < kColumns / 8; ++j) {
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      const float scale = __fmul_rn(row_scale[v / 2], v % 2 ? column_scale[j].y : column_scale[j].x);
+      acc.value[4 * j + v] = __fmaf_rn(scale, partial.value[4 * j + v], acc.value[4 * j + v]);
+    }
+  }
+}
+
+// The same where one scale_b serves all columns: two products in place of kColumns / 2.
+template <int kColumns>
+__device__ __forceinline__ void promote(Fragment<kColumns>& acc, const Fragment<kColumns>& partial,
+                                        const float (&row_scale)[2], float block_scale) {
+  const float scale[2] = {__fmul_rn(row_scale[0], block_scale), __fmul_rn(row_scale[1], block_scale)};
+#pragma unroll
+  for (int v = 0; v < kColumns / 2; ++v) acc.value[v] = __fmaf_rn(scale[v / 2 % 2], partial.value[v], acc.value[v]);
+}
+
+// One consumer warpgroup: its part of a tile, over a range of k-blocks.
+template <class I>
+struct Mainloop {
+  using Acc = Fragment<I::kColumns>;
+
+  Shared<I> shared;
+  int consumer;
+  Ring<I::kPlan.stages> ring;
+
+  __device__ __forceinline__ static int thread() { return threadIdx.x % 128; }
+  __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
+
+  // acc = the sum over k-blocks [first, last) of those that `block_scales` counts from 0.
+  __device__ __forceinline__ void run(Acc& acc, BlockScales& block_scales, int first, int last) {
+    const int fragment_row = I::first_row(consumer) + thread() / 32 * 16 + lane() / 4;
+#pragma unroll
+    for (float& value : acc.value) value = 0.0f;
+    for (int block = first; block < last; ++block, ring.advance()) {
+      const int stage = ring.stage;
+      wait(shared.full(stage), ring.phase);
+      Acc partial;
+      const uint64_t a = ptx::wgmma_descriptor_k_major_128b(shared.a(stage) + I::first_row(consumer) * kTileK);
+      const uint64_t b = ptx::wgmma_descriptor_k_major_128b(shared.b(stage) + I::first_column(consumer) * kTileK);
+      ptx::pin_registers(partial.value);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kTileK / 32; ++k)  // 32 bytes further along K: 2 in the descriptor's units of 16
+        ptx::wgmma_m64k32_e4m3<I::kColumns>(partial.value, a + 2 * k, b + 2 * k, k > 0);
+      ptx::wgmma_commit_group();
+      // Under the wgmma, and before the stage is given back.
+      const float* a_scales = shared.a_scale(stage) + fragment_row;
+      const float row_scale[2] = {a_scales[0], a_scales[8]};
+      if constexpr (I::kScales == BScales::kRow) {
+        const float* b_scales = shared.b_scale(stage) + I::first_column(consumer) + 2 * (lane() % 4);
+        float2 column_scale[I::kColumns / 8];
+#pragma unroll
+        for (int j = 0; j < I::kColumns / 8; ++j) column_scale[j] = *reinterpret_cast<const float2*>(b_scales + 8 * j);
+        finish(partial, stage);
+        promote(acc, partial, row_scale, column_scale);
+      } else {
+        const float block_scale = block_scales.at(block, lane());
+        finish(partial, stage);
+        promote(acc, partial, row_scale, block_scale);
+      }
+    }
+  }
+
+  // The partial product is there, and this warp is done with the stage.
+  __device__ __forceinline__ void finish(Acc& partial, int stage) const {
+    ptx::wgmma_wait_group<0>();
+    ptx::pin_registers(partial.value);
+    __syncwarp();  // one lane arrives for the reads of scales of all
+    if constexpr (I::kSharers == 1) {
+      if (lane() == 0) ptx::mbarrier_arrive(shared.empty(stage));
+    } else {
+      if (lane() < I::kSharers) ptx::mbarrier_arrive_remote(shared.empty(stage), lane());
+    }
+  }
+};
+
+}  // namespace fastfp8::gemm

@@ -1,0 +1,74 @@
+"""GEMMs that start before the one before them has ended: programmatic dependent launch, on the emulator."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from backends import Emulator, assert_same_bits, backend_params
+
+import fastfp8
+from fastfp8 import _C, ScaledTensor
+from fastfp8.backends import KERNELS
+from fastfp8.reference import tensor_core
+
+pytestmark = backend_params(["emulator"])[0].marks
+
+SEEDS = range(5)
+ROW = (1, 128)
+SIZE = 136
+
+
+def chain(seed: int, config: str, ptx: str | None = None) -> bool:
+    """Whether a second product is right that reads what the first one writes, both launched to overlap.
+
+    The first has one row. It serves the second, which has one k-block, as the scales of A and as C, a row for all.
+    """
+    from emulator import Machine
+    from emulator.plan import prepare_plan
+
+    generator = torch.Generator().manual_seed(seed)
+    x, w = (fastfp8.quantize(torch.rand(rows, 256, generator=generator), ROW) for rows in (1, SIZE))
+    left, b = (fastfp8.quantize(torch.randn(SIZE, 128, generator=generator), ROW) for _ in range(2))
+    row, out = torch.full((1, SIZE), float("nan")), torch.full((SIZE, SIZE), float("nan"))
+    a, c = ScaledTensor(left.data, row.t(), ROW), row.expand(SIZE, SIZE)
+    machine, emulator = Machine(seed), Emulator(num_sms=3)
+
+    def prepared(a: ScaledTensor, b: ScaledTensor, c: torch.Tensor | None, out: torch.Tensor, config: str) -> object:
+        problem = emulator._problem(a, b, torch.float32, c)
+        chosen = next(found for found, _ in _C.gemm_candidates(problem) if found.name == config)
+        tensors = {"a": a.data, "a_scale": a.scale, "b": b.data, "b_scale": b.scale, "out": out, "c": c}
+        return prepare_plan(_C.gemm_plan(problem, chosen), tensors, machine, ptx)
+
+    machine.launch_all([prepared(x, w, None, row, "64x64"), prepared(a, b, c, out, config)])
+    expected = tensor_core.gemm(x.data, x.scale, w.data, w.scale, ROW, torch.float32, None)
+    assert_same_bits(row, expected, "the first product")
+    second = tensor_core.gemm(a.data, expected.t(), b.data, b.scale, ROW, torch.float32, expected.expand(SIZE, SIZE))
+    return torch.equal(out, second)
+
+
+@pytest.mark.parametrize("config", ["64x64", "128x128", "128x128 pair"])
+def test_overlapping_products_are_right(config: str) -> None:
+    assert all(chain(seed, config) for seed in SEEDS)
+
+
+def test_without_the_wait_it_shows() -> None:
+    """The consumers wait as well, since each thread's wait is for itself; what they read late hides that here."""
+    from emulator import EmulationError
+
+    text, count = re.subn(r"griddepcontrol\.wait;", "", (KERNELS / "gemm_row_f32.ptx").read_text())
+    assert count == 2 * 5, "producer and consumers of five kernels"
+    with pytest.raises(EmulationError, match=r"reads global memory .* which thread .* stored"):
+        assert not all(chain(seed, "64x64", text) for seed in SEEDS)
+
+
+def test_every_gemm_may_overlap() -> None:
+    """The launch attribute comes from the plan."""
+    plans = []
+    for n, k in ((576, 7168), (4096, 4096)):
+        a, b = fastfp8.quantize(torch.zeros(3, k)), fastfp8.quantize(torch.zeros(n, k), (128, 128))
+        problem = Emulator(num_sms=132)._problem(a, b, torch.bfloat16, None)
+        plans += [_C.gemm_plan(problem, config) for config, _ in _C.gemm_candidates(problem)]
+    assert len(plans) == 12
+    assert all(plan.overlaps for plan in plans)
