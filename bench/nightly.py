@@ -105,7 +105,7 @@ class Shift:
     def with_gpu(self) -> list[Stage]:
         """Tests first. The emulator's C++ build goes on beside those that do not need it."""
         tests = [
-            self.tests(checks.GPU, 26, 0.28),
+            self.tests(checks.GPU, 40, 0.28),
             Stage("the emulator's build", 10, self.await_emulator, self.missing("build"), 0.2),
             self.tests(checks.SILICON, 14, 0.16),
             Stage("compute-sanitizer", 10, self.sanitize, self.missing("tests", "compute-sanitizer"), 0.12),
@@ -117,7 +117,7 @@ class Shift:
         """What no clock measures goes beside the emulator's C++ build; the timings wait for it."""
         self.leave_out("torch sees no NVIDIA GPU on this machine", checks.ON_GPU, GPU_FAMILIES)
         return [
-            *(self.tests(tests, 5, 0.15) for tests in checks.NO_GPU),
+            *(self.tests(tests, 8, 0.15) for tests in checks.NO_GPU),
             self.family("static", 5),
             Stage("the emulator's build", 10, self.await_emulator, self.missing("build"), 0.4),
             self.family("cpu", 9),

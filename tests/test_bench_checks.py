@@ -50,11 +50,11 @@ def test_no_end_leaves_anything_running(
         while log.read_text().count("\n") < ready:
             time.sleep(0.01)
         ended = child.wait(0.2 if code is None else 30)
-    grandchild = int(log.read_text().split()[0])
-    deadline = time.monotonic() + 5
-    while alive(grandchild) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert not alive(grandchild)
+        grandchild = int(log.read_text().split()[0])
+        deadline = time.monotonic() + 5
+        while alive(grandchild) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert not alive(grandchild)
     assert (ended.code, ended.hung) == (code, hung)
     assert how in ended.how
     assert ended.seconds < 10
@@ -106,12 +106,21 @@ def test_error(broken): pass
 @pytest.mark.skip(reason="not today")
 def test_skipped(n): pass
 """
-    found = run_pytest(tmp_path, text)
+    (tmp_path / "test_broken.py").write_text("import no_such_module")
+    found = run_pytest(tmp_path, text, "test_broken.py")
     assert found.suite is not None
-    assert (found.suite.passed, found.suite.failed, found.suite.skipped) == (1, 2, 2)
-    assert found.suite.failures == ("test_it::test_bad", "test_it::test_error")
+    assert (found.suite.passed, found.suite.failed, found.suite.skipped) == (1, 3, 2)
+    assert found.suite.failures == ("::test_broken", "test_it::test_bad", "test_it::test_error")
     assert found.not_run == [NotRun("tests", "Some tests", "", "2 skipped: not today")]
     assert found.element.get("name") == "Some tests"
+
+
+def test_a_test_that_was_interrupted_has_not_passed(tmp_path: Path) -> None:
+    text = "import os, signal\ndef test_a(): pass\ndef test_b(): os.kill(os.getpid(), signal.SIGINT)\n"
+    found = run_pytest(tmp_path, text)
+    assert found.suite is not None
+    assert found.suite.passed == 1
+    assert [case.get("name") for case in found.element.findall("testcase")] == ["test_a", "Some tests"]
 
 
 def test_skipped_tests_are_not_passed_ones(tmp_path: Path) -> None:
@@ -144,7 +153,7 @@ PLAIN, TOOL = Selection("plain", ()), Selection("tool", (), "racecheck")
         (PLAIN, 0, False, ["tests/x.py::test_c"], 0),
         (PLAIN, 4, False, ["tests/x.py::test_c", "ended with status 4"], 0),
         (TOOL, None, True, ["tests/x.py::test_c"], 1),
-        (TOOL, 86, False, ["tests/x.py::test_c", "RACECHECK SUMMARY: 1 hazard"], 0),
+        (TOOL, 86, False, ["tests/x.py::test_c", "compute-sanitizer found errors: RACECHECK SUMMARY: 1 hazard"], 0),
     ],
     ids=["hang", "crash", "slow", "well", "usage", "slow-tool", "race"],
 )
