@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from .foreign import ForeignLoad
 from .rows import Row, Spread, spread
 
 UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6}
@@ -34,7 +35,7 @@ class Ceilings:
 
 
 class Telemetry(Protocol):
-    """What the GPU says of itself while it works."""
+    """What the machine says of itself while it works."""
 
     def sample(self) -> None: ...
 
@@ -191,7 +192,8 @@ def turns(count: int, rounds: int) -> list[list[int]]:
 class HostTimer:
     """The host's clock, for work that is done when the call returns. One round before the first is not counted."""
 
-    telemetry: Telemetry | None = None
+    def __init__(self) -> None:
+        self.telemetry: Telemetry | None = ForeignLoad()
 
     def time(self, subject: Subject, rounds: int) -> list[list[float]]:
         times: list[list[float]] = [[] for _ in subject.contestants]
@@ -199,6 +201,8 @@ class HostTimer:
             output = contestant.run(0)
             if contestant.check:
                 contestant.check(output)
+        assert self.telemetry
+        self.telemetry.sample()
         for round_, order in enumerate(turns(len(times), rounds)):
             for index in order:
                 contestant = subject.contestants[index]
@@ -206,4 +210,5 @@ class HostTimer:
                 for _ in range(contestant.calls):
                     contestant.run(round_ % subject.copies)
                 times[index].append((time.perf_counter() - start) / contestant.calls)
+        self.telemetry.sample()
         return times

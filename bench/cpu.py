@@ -16,6 +16,7 @@ from fastfp8 import ScaledTensor
 from fastfp8.layout import BLOCK, BLOCKS, Block
 
 from .case import Case, Computed, Contestant, Session, Subject, Telemetry, Work, turns
+from .foreign import ForeignLoad
 from .imports import measure as measure_imports
 from .rows import Row
 
@@ -127,12 +128,16 @@ def _imports() -> Subject:
 class ImportTimer:
     """Imports the modules that contestants are named after, in fresh processes. The first round is not counted."""
 
-    telemetry: Telemetry | None = None
+    def __init__(self) -> None:
+        self.telemetry: Telemetry | None = ForeignLoad()
 
     def time(self, subject: Subject, rounds: int) -> list[list[float]]:
         names = [c.backend for c in subject.contestants]
         orders = [[names[i] for i in order] for order in turns(len(names), rounds + 1)]
+        assert self.telemetry
+        self.telemetry.sample()
         taken = [{one["module"]: one["seconds"] for one in found} for found in measure_imports(orders)[1:]]
+        self.telemetry.sample()
         return [[found[name] for found in taken] for name in names]
 
 

@@ -64,6 +64,12 @@ def _rows(run: Run, family: str, kind: str) -> list[Row]:
     return [row for row in rows if row.ours] or rows
 
 
+def _verdict(row: Row) -> str:
+    if row.disturbed:
+        return "disturbed by other processes, not judged by"
+    return "within" if row.passed else "over"
+
+
 def _table(path: Path, run: Run, rows: Sequence[Row]) -> str:
     where = run.environment
     machine = where.gpu or f"{where.cpu}, {counted(where.threads, 'thread')}"
@@ -76,7 +82,7 @@ def _table(path: Path, run: Run, rows: Sequence[Row]) -> str:
             *(row.op, row.shape, "" if row.ours else row.backend, _median(row)),
             "" if row.rate is None else f"{number(row.rate)} {row.rate_unit or ''}".strip(),
             ", ".join(f"{spread_text(ratio)} times {peer}" for peer, ratio in row.ratios.items()),
-            "" if row.bar is None else f"{'within' if row.passed else 'over'} {number(row.bar)}",
+            "" if row.bar is None else f"{_verdict(row)} {number(row.bar)}",
         ]
         for row in rows[:MOST]
     ]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from .night import Comparison
-from .rows import Environment, NotRun, Row, Run, Spread
+from .rows import MOST_FOREIGN_CORES, Environment, NotRun, Row, Run, Spread
 
 #: How far beyond the baseline's quartile a median must lie.
 TOLERANCE = 0.05
@@ -22,6 +22,7 @@ RULE = (
     "upper quartile, and so is its ratio to every peer that both runs timed beside it with the same versions of all "
     "packages: a slow machine moves both times, only a slow kernel moves the ratio. It must be so in two measurements, "
     "the second made at the end of the night; before that, and where there was no time for it, it is a suspect. "
+    f"CPU times while other processes used more than {MOST_FOREIGN_CORES} cores are not judged. "
     "Improved is the mirror image below the lower quartile, measured once. Counts have no noise: one that is more than "
     "5 % above the baseline's has regressed. Rows that only one of the runs has are listed as new or gone, unless the "
     "run says why it has them not."
@@ -95,15 +96,16 @@ def why_not_cpu(now: Environment, before: Environment) -> str | None:
 
 
 def _gated(rows: Iterable[Row]) -> dict[tuple[str, ...], Row]:
-    return {row.key: row for row in rows if row.ours and row.kind != "modelled"}
+    return {row.key: row for row in rows if row.ours and row.kind != "modelled" and not row.disturbed}
 
 
 def _gone(run: Run, now: dict[tuple[str, ...], Row], before: dict[tuple[str, ...], Row]) -> list[Comparison]:
     """Rows of the baseline of which the run has no word."""
+    measured = {row.key for row in run.rows}
     return [
         Comparison(key, row.unit, _spread(row), NOTHING, "gone", "this run has no such row and does not say why")
         for key, row in before.items()
-        if key not in now and not any(_covers(entry, row) for entry in run.not_run)
+        if key not in now and key not in measured and not any(_covers(entry, row) for entry in run.not_run)
     ]
 
 

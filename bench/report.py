@@ -264,7 +264,8 @@ def measured_blocks(rows: Sequence[Row]) -> list[Block]:
         "fastfp8 / peer": compared,
         "rate": lambda r: "" if r.rate is None else f"{number(r.rate)} {r.rate_unit or ''}".strip(),
         "of ceiling": lambda r: "" if r.share is None else f"{r.share:.0%}",
-        "bar": lambda r: "" if r.bar is None else f"{'pass' if r.passed else 'FAIL'} (≤ {number(r.bar)})",
+        "others' CPU": lambda r: "" if r.foreign_cores is None else f"{r.foreign_cores:.1f} cores",
+        "bar": _bar,
         "samples": lambda r: str(r.samples) if len(samples) > 1 else "",
         "GPU": _gpu_state,
         "throttled by": lambda r: r.throttle or "",
@@ -311,6 +312,12 @@ def _case(row: Row) -> tuple[str, ...]:
 def _gpu_state(row: Row) -> str:
     parts = [(row.clock_mhz, "MHz"), (row.power_w, "W"), (row.temperature_c, "°C")]
     return ", ".join(f"{value:.0f} {unit}" for value, unit in parts if value is not None)
+
+
+def _bar(row: Row) -> str:
+    if row.bar is None:
+        return ""
+    return f"{'not judged' if row.disturbed else 'pass' if row.passed else 'FAIL'} (≤ {number(row.bar)})"
 
 
 def _notes(rows: Sequence[Row]) -> list[Block]:

@@ -23,6 +23,9 @@ KINDS = {
     "modelled": "predicted by a model",
 }
 
+#: A process beside a timing on all cores stops one of their threads, and the others wait for that one.
+MOST_FOREIGN_CORES = 0.2
+
 Spread = tuple[float, float, float]  # lower quartile, median, upper quartile
 
 
@@ -69,6 +72,8 @@ class Row:
     temperature_c: float | None = None
     #: NVML's names of what held the clocks down, joined by commas; empty where nothing did.
     throttle: str | None = None
+    #: CPU cores that other processes used meanwhile, of a time on the host's clock.
+    foreign_cores: float | None = None
     note: str | None = None
 
     def __post_init__(self) -> None:
@@ -97,8 +102,14 @@ class Row:
         return next((median for _, median, _ in self.ratios.values()), self.median)
 
     @property
+    def disturbed(self) -> bool:
+        """Whether other processes used so much of the CPUs that the time says little of the code."""
+        return self.foreign_cores is not None and self.foreign_cores > MOST_FOREIGN_CORES
+
+    @property
     def passed(self) -> bool:
-        return self.bar is None or self.score <= self.bar
+        """A time that was disturbed is not judged."""
+        return self.bar is None or self.disturbed or self.score <= self.bar
 
 
 @dataclasses.dataclass(frozen=True)
