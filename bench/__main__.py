@@ -27,6 +27,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         family.add_argument("--tiny", action="store_true", help="shapes for trying out the benchmark itself")
         family.add_argument("--report", type=Path, metavar="FILE", help="append each row to FILE as it comes")
         family.add_argument("--ceilings", type=Path, metavar="FILE", help="a report of the family ceilings")
+        if name == "gemm":
+            explain = "instead: the planner's candidates for one product, with what the model says of each"
+            family.add_argument("--explain", type=int, nargs=3, metavar=("M", "N", "K"), help=explain)
+            family.add_argument(
+                "--machine", default="H100", choices=("H100", "H200", "H800", "H20"), help="for --explain"
+            )
     night = commands.add_parser("nightly", help="tests, every family, report, regression gate")
     night.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     night.add_argument("--baseline", type=Path, help="a run or a folder of runs (default: this machine's history)")
@@ -65,6 +71,12 @@ def passed(run: Run) -> bool:  # type: ignore[name-defined]  # noqa: F821
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    if getattr(options, "explain", None):
+        from .explain import explain
+
+        m, n, k = options.explain
+        print(explain(m, n, k, options.machine))
+        return 0
     if options.command in FAMILIES:
         return run_family(options)
     if options.command == "nightly":

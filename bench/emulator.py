@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastfp8
-from fastfp8 import ScaledTensor
+from fastfp8 import _C, ScaledTensor
 from fastfp8.backends import KERNELS, built_kernels
 from fastfp8.layout import BLOCK, BLOCKS, Block
 from fastfp8.reference import tensor_core
@@ -22,7 +22,7 @@ from fastfp8.reference import tensor_core
 from .borrowed import borrow
 from .case import Case, Computed, Contestant, Session, Subject, Unavailable, Work
 from .rows import Row
-from .static import CUDA, SMS, SQUARE, TRITON, plans
+from .static import CUDA, SMS, SQUARE, TRITON, grouped_problem, plans
 
 # Bars in seconds: the peers say whether it was the machine.
 ALU_S = 1.0  # ten million thread-instructions
@@ -67,6 +67,7 @@ LOOP:
 
 # The launch whose counts are reported: four tiles of the largest instance, sixteen of the smallest.
 M, N, K = 256, 256, 512
+FIRST_GROUP = 100  # rows, where they are in two groups
 SEED = 0
 NOTE = f"seed {SEED}"
 
@@ -177,12 +178,32 @@ def counted(kernel: str) -> dict[str, float]:
     """Of one launch of an instance of the GEMM kernel, by the unit of the row. Its result is checked bit for bit."""
     backends = _backends()
     _, _, by, dtype, *config = kernel.split("_")  # gemm_sm90_block_bf16_128x128_pair
+    if by == "grouped":
+        return _counted_in_groups(kernel, torch.bfloat16 if dtype == "bf16" else torch.float32)
     a, b = _operands(M, N, K, SQUARE if by == "block" else (1, BLOCK))
     out_dtype = torch.bfloat16 if dtype == "bf16" else torch.float32
     out = torch.full((M, N), torch.nan, dtype=out_dtype)
     emulator = backends.Emulator(SMS, SEED, " ".join(config))
     counters = emulator.gemm_into(out, a, b)
     _check_bits(out, a, b)
+    return _by_unit(counters)
+
+
+def _counted_in_groups(kernel: str, out_dtype: torch.dtype) -> dict[str, float]:
+    """The rows in two groups, of which the first ends within a tile."""
+    emulator = borrow("emulator")
+    a, _ = _operands(M, N, K, SQUARE)
+    weights = [fastfp8.quantize(torch.randn(N, K, generator=torch.Generator().manual_seed(g)), SQUARE) for g in (1, 2)]
+    b, b_scale = (torch.cat([getattr(w, part) for w in weights]) for part in ("data", "scale"))
+    ends, out = torch.tensor([FIRST_GROUP, M], dtype=torch.int32), torch.full((M, N), torch.nan, dtype=out_dtype)
+    tensors = {"a": a.data, "a_scale": a.scale, "b": b, "b_scale": b_scale, "ends": ends, "out": out}
+    tensors["error"] = torch.zeros(1, dtype=torch.int32)
+    problem = grouped_problem(M, len(weights), N, K, str(out_dtype).removeprefix("torch."), SMS)
+    plans = (_C.gemm_plan(problem, config) for config, _ in _C.gemm_candidates(problem))
+    plan = next(plan for plan in plans if plan.kernel == kernel)
+    counters = emulator.run_plan(plan, tensors, emulator.Machine(SEED))
+    for rows, weight in zip((slice(FIRST_GROUP), slice(FIRST_GROUP, M)), weights, strict=True):
+        _check_bits(out[rows], ScaledTensor(a.data[rows], a.scale[rows], a.block), weight)
     return _by_unit(counters)
 
 

@@ -80,7 +80,7 @@ def commit_text(commit: str | None) -> str:
 
 def text_tables(run: Run) -> str:
     """For a terminal: a table a family and kind, then what was not run."""
-    return "\n\n".join(_text(section) for section in [*family_sections(run), *not_run_section(run)])
+    return "\n\n".join(section_text(section) for section in [*family_sections(run), *not_run_section(run)])
 
 
 def markdown(night: Night) -> str:
@@ -341,7 +341,7 @@ def _names(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(name for name in names if name))
 
 
-def _text(section: Section) -> str:
+def section_text(section: Section) -> str:
     lines = [section.title]
     for block in section.blocks:
         if isinstance(block, Table):

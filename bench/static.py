@@ -18,7 +18,7 @@ import torch
 
 from fastfp8 import _C
 from fastfp8.backends import KERNELS, built_kernels
-from fastfp8.layout import BLOCK, BLOCKS, Block, empty_scale, scale_shape
+from fastfp8.layout import BLOCK, BLOCKS, Block, ceil_div, empty_scale, scale_shape
 
 from . import sass
 from .borrowed import borrow
@@ -102,7 +102,13 @@ def _instructions(cubin: Path, kernel: str) -> tuple[dict[str, float], str | Non
 
 
 def problem(
-    m: int, n: int, k: int, b_block: Block = SQUARE, out_dtype: str = "bfloat16", num_sms: int = SMS
+    m: int,
+    n: int,
+    k: int,
+    b_block: Block = SQUARE,
+    out_dtype: str = "bfloat16",
+    num_sms: int = SMS,
+    machine: str = "H100",
 ) -> _C.GemmProblem:
     """A product as the planner sees it, of tensors that are nowhere."""
     operands = []
@@ -110,7 +116,22 @@ def problem(
         data = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device="meta")
         operands += [_view(data), _view(empty_scale(data, scale_shape(rows, k, block), block))]
     a, a_scale, b, b_scale = operands
-    return _C.GemmProblem(a, a_scale, b, b_scale, b_block, out_dtype, None, num_sms)
+    return _C.GemmProblem(a, a_scale, b, b_scale, b_block, out_dtype, None, num_sms, machine)
+
+
+def grouped_problem(
+    rows: int, groups: int, n: int, k: int, out_dtype: str = "bfloat16", num_sms: int = SMS
+) -> _C.GemmProblem:
+    """``rows`` in ``groups``, each by a B [n, k] of its own."""
+    a = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device="meta")
+    b = torch.empty(groups * n, k, dtype=torch.float8_e4m3fn, device="meta")
+    scales = (
+        empty_scale(a, scale_shape(rows, k, ROW), ROW),
+        torch.empty(groups * ceil_div(n, BLOCK), ceil_div(k, BLOCK), device="meta"),
+    )
+    ends = torch.empty(groups, dtype=torch.int32, device="meta")
+    a_view, a_scale, b_view, b_scale, end_view = (_view(t) for t in (a, scales[0], b, scales[1], ends))
+    return _C.GemmProblem.grouped(a_view, a_scale, b_view, b_scale, end_view, groups, False, out_dtype, num_sms)
 
 
 def _view(t: torch.Tensor) -> _C.TensorView:
@@ -121,14 +142,19 @@ def _view(t: torch.Tensor) -> _C.TensorView:
 @functools.cache
 def plans() -> dict[str, _C.LaunchPlan]:
     """A launch of each instance of the GEMM kernel, by the kernel's name."""
-    found = {}
+    found: dict[str, _C.LaunchPlan] = {}
     for b_block in (SQUARE, ROW):
         for out_dtype in ("bfloat16", "float32"):
             asked = problem(2 * BLOCK, 2 * BLOCK, 4 * BLOCK, b_block, out_dtype)
-            for config, _ in _C.gemm_candidates(asked):
-                plan = _C.gemm_plan(asked, config)
-                found[plan.kernel] = plan
+            found |= _plans_of(asked)
+    for out_dtype in ("bfloat16", "float32"):
+        found |= _plans_of(grouped_problem(2 * BLOCK, 2, 2 * BLOCK, 4 * BLOCK, out_dtype))
     return found
+
+
+def _plans_of(asked: _C.GemmProblem) -> dict[str, _C.LaunchPlan]:
+    plans = [_C.gemm_plan(asked, config) for config, _ in _C.gemm_candidates(asked)]
+    return {plan.kernel: plan for plan in plans}
 
 
 def describe(config: _C.GemmConfig) -> str:

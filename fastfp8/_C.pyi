@@ -58,6 +58,23 @@ class GemmProblem:
         num_sms: int,
         machine: str = "H100",
     ) -> None: ...
+    @staticmethod
+    def grouped(
+        a: TensorView,
+        a_scale: TensorView,
+        b: TensorView,
+        b_scale: TensorView,
+        ends: TensorView,
+        groups: int,
+        masked: bool,
+        out_dtype: str,
+        num_sms: int,
+        machine: str = "H100",
+    ) -> GemmProblem: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def group_rows(self) -> int: ...
     @property
     def m(self) -> int: ...
     @property

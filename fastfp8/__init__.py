@@ -3,8 +3,10 @@
 import torch  # noqa: F401  (its libraries must be loaded before _C is)
 
 from . import _C, backends, nn  # _C registers the schemas of torch.ops.fastfp8.*
+from .error_word import check
 from .ops.dequantize import dequantize
 from .ops.gemm import gemm
+from .ops.grouped_gemm import grouped_gemm, masked_grouped_gemm
 from .ops.quantize import quantize
 from .scaled_tensor import ScaledTensor
 
@@ -12,4 +14,13 @@ __version__ = _C.version
 
 backends.announce()
 
-__all__ = ["ScaledTensor", "dequantize", "gemm", "nn", "quantize"]
+__all__ = [
+    "ScaledTensor",
+    "check",
+    "dequantize",
+    "gemm",
+    "grouped_gemm",
+    "masked_grouped_gemm",
+    "nn",
+    "quantize",
+]

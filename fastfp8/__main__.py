@@ -39,10 +39,11 @@ def report() -> str:
     else:
         rows.append(("kernels", "none were built"))
     lines = [f"{name:<12} {value}" for name, value in rows]
-    lines += ["", f"{'op':<12} {'backend':<17} usable here"]
+    width = max(map(len, backends.OPS))
+    lines += ["", f"{'op':<{width}} {'backend':<17} usable here"]
     for op, table in backends.usable().items():
         for backend, reason in table.items():
-            lines.append(f"{op:<12} {backend:<17} {'no: ' + reason if reason else 'yes'}")
+            lines.append(f"{op:<{width}} {backend:<17} {'no: ' + reason if reason else 'yes'}")
     return "\n".join(lines)
 
 

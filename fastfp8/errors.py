@@ -40,15 +40,19 @@ def check_type(value: Any, kind: type | tuple[type, ...], op: str, argument: str
         raise ArgumentTypeError(message(op, argument, expected, f"{type(value).__name__} {value!r:.40}"))
 
 
-def check_tensor(value: Any, op: str, argument: str, dtypes: tuple[torch.dtype, ...], dim: int = 2) -> None:
-    """Raise unless ``value`` is a strided tensor of ``dim`` dimensions and of one of ``dtypes``."""
+def check_tensor(
+    value: Any, op: str, argument: str, dtypes: tuple[torch.dtype, ...], dim: int | tuple[int, ...] = 2
+) -> None:
+    """Raise unless ``value`` is a strided tensor of ``dim`` dimensions (one of them) and of one of ``dtypes``."""
     if not isinstance(value, torch.Tensor):
         raise ArgumentTypeError(message(op, argument, "a torch.Tensor", type(value).__name__))
     if value.dtype not in dtypes:
         names = " or ".join(str(d) for d in dtypes)
         raise ArgumentTypeError(message(op, argument, f"dtype {names}", value.dtype))
-    if value.dim() != dim:
-        raise value_error(op, argument, f"{dim} dimensions", f"shape {tuple(value.shape)}")
+    dims = (dim,) if isinstance(dim, int) else dim
+    if value.dim() not in dims:
+        expected = " or ".join(map(str, dims)) + (" dimension" if dims == (1,) else " dimensions")
+        raise value_error(op, argument, expected, f"shape {tuple(value.shape)}")
     if value.layout != torch.strided:
         raise value_error(op, argument, "a dense (strided) tensor", f"layout {value.layout}")
 

@@ -14,13 +14,26 @@ block      scale of an [R, C] data  layout of the scale
 The first is what TMA loads (inner extent contiguous, outer stride a multiple of 16 bytes) and what torch's own
 block-scaled ``scaled_mm`` takes. The second is its transpose, so transposing a ScaledTensor moves no scale.
 Padding floats are never read nor written.
+
+A stack [G, R, C] of G matrices is blocked matrix by matrix, so no block spans two of them:
+
+========== ============================= =================================================================
+block      scale of a [G, R, C] stack    layout of the scale
+========== ============================= =================================================================
+(1, 128)   [G, R, ceil(C/128)]           that of the [G * R, C] tensor: stride (R, 1, G * R rounded up to 4)
+(128, 128) [G, ceil(R/128), ceil(C/128)] row-major, contiguous
+========== ============================= =================================================================
+
+So a stack in (1, 128) blocks is one tall matrix to a kernel. No op needs a stack in (128, 1) blocks: there is none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from .errors import value_error
+from .errors import check_tensor, value_error
 
 BLOCK = 128
 Block = tuple[int, int]
@@ -48,9 +61,25 @@ def scale_shape(rows: int, cols: int, block: Block) -> tuple[int, int]:
     return ceil_div(rows, block[0]), ceil_div(cols, block[1])
 
 
-def scale_strides(shape: tuple[int, int], block: Block) -> tuple[int, int]:
+def scale_shape_of(data_shape: Sequence[int], block: Block) -> tuple[int, ...]:
+    """The shape of the scale of data [R, C] or [G, R, C]."""
+    return *data_shape[:-2], *scale_shape(data_shape[-2], data_shape[-1], block)
+
+
+def check_blocked(value: object, op: str, argument: str, dtypes: tuple[torch.dtype, ...], block: Block) -> None:
+    """Raise unless ``value`` is a tensor of one of ``dtypes`` that blocks of ``block`` can cover: [R, C] or a stack."""
+    check_tensor(value, op, argument, dtypes, dim=(2, 3))
+    assert isinstance(value, torch.Tensor)
+    if value.dim() == 3 and block == (BLOCK, 1):
+        expected = "2 dimensions, because (128, 1) blocks of a stack of matrices are not supported"
+        raise value_error(op, argument, expected, f"shape {tuple(value.shape)}")
+
+
+def scale_strides(shape: Sequence[int], block: Block) -> tuple[int, ...]:
     """The strides that a freshly made scale of ``shape`` has."""
-    rows, cols = shape
+    rows, cols = shape[-2:]
+    if len(shape) == 3:
+        return (rows, 1, pad4(shape[0] * rows)) if block == (1, BLOCK) else (rows * cols, cols, 1)
     if block == (1, BLOCK):
         return 1, pad4(rows)
     if block == (BLOCK, 1):
@@ -58,16 +87,18 @@ def scale_strides(shape: tuple[int, int], block: Block) -> tuple[int, int]:
     return cols, 1
 
 
-def empty_scale(like: torch.Tensor, shape: tuple[int, int], block: Block) -> torch.Tensor:
+def empty_scale(like: torch.Tensor, shape: Sequence[int], block: Block) -> torch.Tensor:
     """An uninitialised FP32 scale in the layout of ``block`` on the device of ``like``."""
-    return torch.empty_strided(shape, scale_strides(shape, block), dtype=torch.float32, device=like.device)
+    return torch.empty_strided(tuple(shape), scale_strides(shape, block), dtype=torch.float32, device=like.device)
 
 
 def has_scale_layout(scale: torch.Tensor, block: Block) -> bool:
     """Whether the strides of ``scale`` are those of ``block``; the stride of an extent of 1 or 0 does not matter."""
-    inner, outer = (0, 1) if block == (1, BLOCK) else (1, 0)
     if scale.numel() == 0:
         return True
+    if scale.dim() == 3:
+        return _has_stack_layout(scale, block)
+    inner, outer = (0, 1) if block == (1, BLOCK) else (1, 0)
     if scale.shape[inner] > 1 and scale.stride(inner) != 1:
         return False
     if scale.shape[outer] <= 1:
@@ -78,10 +109,51 @@ def has_scale_layout(scale: torch.Tensor, block: Block) -> bool:
     return bool(pitch % 4 == 0 and pitch >= scale.shape[inner])
 
 
-def scale_layout_name(block: Block) -> str:
-    """How an error message describes the layout of ``block``'s scale."""
+def _has_stack_layout(scale: torch.Tensor, block: Block) -> bool:
+    """has_scale_layout of a scale with three dimensions, none of them 0."""
+    matrices, rows, blocks = scale.shape
+    if block == (BLOCK, BLOCK):
+        return scale.is_contiguous()
+    if matrices > 1 and scale.stride(0) != rows:
+        return False
+    if rows > 1 and scale.stride(1) != 1:
+        return False
+    return blocks <= 1 or bool(scale.stride(2) % 4 == 0 and scale.stride(2) >= matrices * rows)
+
+
+def scale_layout_name(block: Block, dim: int = 2) -> str:
+    """How an error message describes the layout of ``block``'s scale of ``dim`` dimensions."""
+    if dim == 3 and block == (1, BLOCK):
+        return "stride (the number of rows, 1, a multiple of 4 not below the number of rows of all matrices)"
     return {
         (1, BLOCK): "stride (1, a multiple of 4 not below the number of rows)",
         (BLOCK, 1): "stride (a multiple of 4 not below the number of columns, 1)",
         (BLOCK, BLOCK): "a contiguous tensor",
     }[block]
+
+
+def is_flat(stack: torch.Tensor) -> bool:
+    """Whether the matrices of a [G, R, C] tensor lie one below the other, as the rows of one of [G * R, C] would."""
+    matrices, rows, cols = stack.shape
+    if matrices <= 1 or rows <= 1 or cols == 0:
+        return True
+    return bool(stack.stride(0) == rows * stack.stride(1))
+
+
+def row_pitch(data: torch.Tensor) -> int:
+    """Elements from row to row of a matrix or of a flat stack."""
+    return int(data.stride(0) if data.shape[-2] <= 1 else data.stride(-2))
+
+
+def as_matrices(block: Block, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Views [R, C] that make up what a blockwise op has to do on ``tensors``: x, data and scale, the latter last.
+
+    Two-dimensional tensors are that already. A stack is one tall matrix where no block would span two of its matrices
+    and strides allow the view; elsewhere each matrix is a problem, and a launch, of its own.
+    """
+    stack = tensors[0]
+    if stack.dim() == 2:
+        return [tensors]
+    if stack.shape[1] % block[0] == 0 and all(is_flat(t) for t in tensors):
+        return [tuple(t.flatten(0, 1) for t in tensors)]
+    return [tuple(t[matrix] for t in tensors) for matrix in range(stack.shape[0])]

@@ -22,6 +22,7 @@ from torch import Tensor
 import fastfp8
 from fastfp8 import _C, ScaledTensor
 from fastfp8.backends import KERNELS, built_kernels
+from fastfp8.error_word import error_word
 from fastfp8.layout import BLOCK, Block, has_scale_layout
 
 
@@ -38,6 +39,14 @@ class Backend(Protocol):
         self, a: ScaledTensor, b: ScaledTensor, *, out_dtype: torch.dtype = torch.bfloat16, c: Tensor | None = None
     ) -> Tensor: ...
 
+    def grouped_gemm(
+        self, a: ScaledTensor, b: ScaledTensor, offsets: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor: ...
+
+    def masked_grouped_gemm(
+        self, a: ScaledTensor, b: ScaledTensor, counts: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor: ...
+
 
 class Reference:
     """The ops on CPU tensors."""
@@ -45,18 +54,25 @@ class Reference:
     quantize = staticmethod(fastfp8.quantize)
     dequantize = staticmethod(fastfp8.dequantize)
     gemm = staticmethod(fastfp8.gemm)
+    grouped_gemm = staticmethod(fastfp8.grouped_gemm)
+    masked_grouped_gemm = staticmethod(fastfp8.masked_grouped_gemm)
 
 
 class TritonInterpreter:
-    """The Triton kernels and their host functions on CPU tensors, after the checks that the ops make."""
+    """The Triton kernels and their host functions on CPU tensors, after the checks that the ops make.
+
+    ``error`` is the error word that grouped GEMMs get.
+    """
 
     def __init__(self) -> None:
         from interpreter import interpreted
 
-        from fastfp8.triton_kernels import dequantize, gemm, quantize
+        from fastfp8.triton_kernels import dequantize, gemm, grouped_gemm, quantize
 
         self._quantize, self._dequantize, self._gemm = quantize.quantize, dequantize.dequantize, gemm.gemm
+        self._grouped = grouped_gemm
         self._interpreted = interpreted
+        self.error = torch.zeros(1, dtype=torch.int32)
 
     def quantize(self, x: Tensor, block: Block = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0) -> ScaledTensor:
         with self._interpreted():
@@ -71,6 +87,18 @@ class TritonInterpreter:
     ) -> Tensor:
         with self._interpreted():
             return self._gemm(a.data, a.scale, b.data, b.scale, b.block, out_dtype, c)
+
+    def grouped_gemm(
+        self, a: ScaledTensor, b: ScaledTensor, offsets: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        with self._interpreted():
+            return self._grouped.grouped_gemm(a.data, a.scale, b.data, b.scale, offsets, self.error, out_dtype)
+
+    def masked_grouped_gemm(
+        self, a: ScaledTensor, b: ScaledTensor, counts: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        with self._interpreted():
+            return self._grouped.masked_grouped_gemm(a.data, a.scale, b.data, b.scale, counts, self.error, out_dtype)
 
 
 def _on_gpu(t: Tensor) -> Tensor:
@@ -99,9 +127,21 @@ class Cuda:
         c = None if c is None else _on_gpu(c)
         return fastfp8.gemm(_scaled_on_gpu(a), _scaled_on_gpu(b), out_dtype=out_dtype, c=c).cpu()
 
+    def grouped_gemm(
+        self, a: ScaledTensor, b: ScaledTensor, offsets: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        on_gpu = _scaled_on_gpu(a), _scaled_on_gpu(b), _on_gpu(offsets)
+        return fastfp8.grouped_gemm(*on_gpu, out_dtype=out_dtype).cpu()
+
+    def masked_grouped_gemm(
+        self, a: ScaledTensor, b: ScaledTensor, counts: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        on_gpu = _scaled_on_gpu(a), _scaled_on_gpu(b), _on_gpu(counts)
+        return fastfp8.masked_grouped_gemm(*on_gpu, out_dtype=out_dtype).cpu()
+
 
 class CudaTriton(Cuda):
-    """As Cuda, but gemm in Triton where Hopper would take the sm_90a kernel."""
+    """As Cuda, but GEMMs in Triton where Hopper would take the sm_90a kernel."""
 
     def gemm(
         self, a: ScaledTensor, b: ScaledTensor, *, out_dtype: torch.dtype = torch.bfloat16, c: Tensor | None = None
@@ -110,6 +150,20 @@ class CudaTriton(Cuda):
         c = None if c is None else _on_gpu(c)
         operands = (left.data, left.scale, right.data, right.scale, right.block)
         return torch.ops.fastfp8._gemm_triton(*operands, out_dtype, c).cpu()
+
+    def grouped_gemm(
+        self, a: ScaledTensor, b: ScaledTensor, offsets: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        left, right = _scaled_on_gpu(a), _scaled_on_gpu(b)
+        operands = (left.data, left.scale, right.data, right.scale, _on_gpu(offsets), error_word(left.device))
+        return torch.ops.fastfp8._grouped_gemm_triton(*operands, out_dtype).cpu()
+
+    def masked_grouped_gemm(
+        self, a: ScaledTensor, b: ScaledTensor, counts: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        left, right = _scaled_on_gpu(a), _scaled_on_gpu(b)
+        operands = (left.data, left.scale, right.data, right.scale, _on_gpu(counts), error_word(left.device))
+        return torch.ops.fastfp8._masked_grouped_gemm_triton(*operands, out_dtype).cpu()
 
 
 def _view(t: Tensor) -> _C.TensorView:
@@ -127,14 +181,14 @@ def _aligned(t: Tensor) -> Tensor:
 
 
 class Emulator:
-    """The CUDA kernels and, but for gemm, the Triton ones from their PTX, on the emulator of ``tests/emulator``.
+    """The CUDA kernel of gemm, and the Triton ones of all else, from their PTX on the emulator of ``tests/emulator``.
 
     Args:
         num_sms: so few by default that a CTA walks several tiles.
         seed: of the timing of the first launch; the following ones differ.
         config: as "64x128" or "128x128 pair"; None is what the planner selects.
 
-    ``counters`` are those of the last launch.
+    ``counters`` are those of the last launch, and ``error`` is the error word that grouped GEMMs get.
     """
 
     counters: Any = None
@@ -144,6 +198,7 @@ class Emulator:
 
         self._num_sms, self._config = num_sms, config
         self._machine, self._run_plan = emulator.Machine(seed), emulator.run_plan
+        self.error = torch.zeros(1, dtype=torch.int32)
 
     def quantize(self, x: Tensor, block: Block = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0) -> ScaledTensor:
         from fastfp8.triton_kernels import quantize as module
@@ -164,8 +219,9 @@ class Emulator:
         recorder = Recorder(getattr(module, name))
         with mock.patch.object(module, name, recorder):
             out = host()
-        if not hasattr(recorder, "args"):
-            return out  # nothing was launched
+        assert recorder.launches <= 1, "only the last of several launches would run"
+        if not recorder.launches:
+            return out
         for written in out if isinstance(out, tuple) else (out,):
             span = written.as_strided((written.untyped_storage().nbytes() // written.element_size(),), (1,), 0)
             span.view(torch.uint8).fill_(0xFF)  # NaN, so that what is not written shows
@@ -176,6 +232,27 @@ class Emulator:
         block = (32 * recorder.kwargs["num_warps"], 1, 1)
         self.counters = kernel.launch((*recorder.grid, 1, 1)[:3], block, (1, 1, 1), compiled.metadata.shared, args)
         return out
+
+    def grouped_gemm(
+        self, a: ScaledTensor, b: ScaledTensor, offsets: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        return self._run_grouped("grouped_gemm", a, b, offsets, out_dtype)
+
+    def masked_grouped_gemm(
+        self, a: ScaledTensor, b: ScaledTensor, counts: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
+    ) -> Tensor:
+        return self._run_grouped("masked_grouped_gemm", a, b, counts, out_dtype)
+
+    def _run_grouped(self, op: str, a: ScaledTensor, b: ScaledTensor, sizes: Tensor, out_dtype: torch.dtype) -> Tensor:
+        from recorder import NO_PROXY_FENCE
+
+        from fastfp8.triton_kernels import grouped_gemm as module
+
+        if NO_PROXY_FENCE:
+            pytest.skip(NO_PROXY_FENCE)
+        tensors = [_aligned(t) for t in (a.data, a.scale, b.data, b.scale, sizes)]
+        host = functools.partial(getattr(module, op), *tensors, self.error, out_dtype)
+        return self._run_triton(module, "grouped_gemm_kernel", host)
 
     def gemm(
         self, a: ScaledTensor, b: ScaledTensor, *, out_dtype: torch.dtype = torch.bfloat16, c: Tensor | None = None

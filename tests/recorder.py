@@ -20,14 +20,15 @@ NO_PROXY_FENCE = (
 
 
 class Recorder:
-    """Takes a kernel's place in its module and keeps the launch: its grid and what it was called with."""
+    """Takes a kernel's place in its module and keeps the last launch: its grid and what it was called with."""
 
     def __init__(self, kernel: JITFunction) -> None:
-        self.kernel = kernel
+        self.kernel, self.launches = kernel, 0
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def keep(*args: Any, **kwargs: Any) -> None:
             self.grid, self.args, self.kwargs = grid, args, kwargs
+            self.launches += 1
 
         return keep
 

@@ -369,3 +369,21 @@ def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
         comm.run_ranks(hanging, timeout=0.3)
     assert time.monotonic() - start < 30
     assert not multiprocessing.active_children()
+
+
+# gemm --explain
+
+
+@pytest.mark.parametrize("machine", ["H100", "H20"])
+def test_explain_lists_every_candidate(machine: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import __main__
+
+    assert __main__.main(["gemm", "--explain", "64", "576", "7168", "--machine", machine]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    asked = static.problem(64, 576, 7168, num_sms=78 if machine == "H20" else 132, machine=machine)
+    for config, rejected in _C.gemm_candidates(asked):
+        (line,) = (found for found in lines if found.strip().startswith(f"{config.name}  "))
+        assert f"{config.cycles:,.0f}" in line
+        assert line.endswith("chosen" if config.name == _C.gemm_select(asked).name else rejected)
+    with pytest.raises(SystemExit):
+        __main__.main(["gemm", "--explain", "64", "576", "7168", "--machine", "B200"])

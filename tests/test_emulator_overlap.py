@@ -63,6 +63,64 @@ def test_without_the_wait_it_shows() -> None:
         assert not all(chain(seed, "64x64", text) for seed in SEEDS)
 
 
+# Lets the next grid start, counts for a while, then writes where the groups end.
+ENDS = """
+.version 8.5
+.target sm_90a
+.address_size 64
+.visible .entry ends(.param .u64 out) {
+  .reg .pred %p;
+  .reg .b32 %r<3>;
+  .reg .b64 %rd;
+  ld.param.u64 %rd, [out];
+  griddepcontrol.launch_dependents;
+  mov.u32 %r0, 0;
+LOOP:
+  add.u32 %r0, %r0, 1;
+  setp.lt.u32 %p, %r0, 3000;
+  @%p bra LOOP;
+  mov.u32 %r1, 70;
+  mov.u32 %r2, 100;
+  st.global.v2.u32 [%rd], {%r1, %r2};
+  ret;
+}
+"""
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["as it is", "without waits"])
+def test_ends_of_groups_may_come_from_the_grid_before(waits: bool) -> None:
+    from emulator import EmulationError, Machine
+    from emulator.plan import prepare_plan
+    from test_emulator_grouped import case, slices, view
+
+    ptx = (KERNELS / "gemm_grouped_f32.ptx").read_text()
+    if not waits:
+        ptx = ptx.replace("griddepcontrol.wait;", "")
+    right = []
+    for seed in SEEDS:
+        a, b = case(100, 2, 72, 144, seed, slices([70, 100]))
+        ends, error = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        out = torch.full((100, 72), float("nan"))
+        data, scale = (torch.cat([getattr(t, part) for t in b]) for part in ("data", "scale"))
+        views = [view(t) for t in (a.data, a.scale, data, scale, ends)]
+        problem = _C.GemmProblem.grouped(*views, 2, False, "float32", 3)
+        tensors = {"a": a.data, "a_scale": a.scale, "b": data, "b_scale": scale, "ends": ends, "error": error}
+        machine = Machine(seed)
+        plan = _C.gemm_plan(problem, _C.gemm_select(problem))
+        before = machine.load(ENDS)["ends"].prepare(1, 1, args=[ends])
+        try:
+            machine.launch_all([before, prepare_plan(plan, tensors | {"out": out}, machine, ptx)])
+        except EmulationError:
+            right.append(False)
+            continue
+        products = [
+            tensor_core.gemm(a.data[g], a.scale[g], w.data, w.scale, w.block, torch.float32, None)
+            for g, w in zip(slices([70, 100]), b, strict=True)
+        ]
+        right.append(torch.equal(out, torch.cat(products)))
+    assert all(right) == waits, right
+
+
 def test_every_gemm_may_overlap() -> None:
     """The launch attribute comes from the plan."""
     plans = []

@@ -97,8 +97,8 @@ def bad_quantize() -> list[Bad]:
         for dtype in (torch.float64, torch.int8, torch.int64, torch.bool, torch.complex64, E4M3, torch.float8_e5m2)
     ]
     rows += [
-        Bad("quantize", {"x": torch.ones(shape)}, ValueError, "x", ("2 dimensions", str(shape)))
-        for shape in ((), (128,), (2, 3, 128))
+        Bad("quantize", {"x": torch.ones(shape)}, ValueError, "x", ("2 or 3 dimensions", str(shape)))
+        for shape in ((), (128,), (1, 2, 3, 128))
     ]
     rows += [
         Bad(
@@ -168,7 +168,7 @@ def bad_dequantize() -> list[Bad]:
         Bad("dequantize", {"scale": torch.ones(2, 4)[:, :2], **square}, ValueError, "scale", ("contiguous", "(4, 1)")),
         Bad("dequantize", {"scale": torch.ones(3, 5), **column}, ValueError, "scale", (pitch, "(5, 1)")),
         Bad("dequantize", {"scale": torch.ones(8, 3).t()[:, :5], **column}, ValueError, "scale", (pitch, "(1, 3)")),
-        Bad("dequantize", {"data": torch.ones(304).to(E4M3)}, ValueError, "data", ("2 dimensions", "(304,)")),
+        Bad("dequantize", {"data": torch.ones(304).to(E4M3)}, ValueError, "data", ("2 or 3 dimensions", "(304,)")),
         Bad("dequantize", {"scale": torch.ones(3)}, ValueError, "scale", ("2 dimensions", "(3,)")),
         Bad("dequantize", {"scale": scale(5, 3).to("meta")}, ValueError, "scale", ("device cpu", "meta")),
         Bad("dequantize", {"data": good("dequantize")["data"].to("meta")}, ValueError, "scale", ("device meta", "cpu")),
@@ -457,7 +457,7 @@ def assert_right(op: str, arguments: dict[str, Any], out: Any) -> None:
         block = out.block if isinstance(out, ScaledTensor) else (1, 1)
         assert (data.shape, data.dtype, data.device, data.is_contiguous()) == (x.shape, E4M3, x.device, True)
         if isinstance(out, ScaledTensor):
-            assert s.shape == (-(-x.shape[0] // block[0]), -(-x.shape[1] // block[1]))
+            assert s.shape == (*x.shape[:-2], -(-x.shape[-2] // block[0]), -(-x.shape[-1] // block[1]))
         assert (s.dtype, s.device) == (torch.float32, x.device)
         return
     left = arguments["data"] if op == "dequantize" else arguments["a"]

@@ -48,7 +48,10 @@ def quantize_cases() -> list[Any]:
     ]
     wide = randn(6, 600)
     views = {"transposed": wide.t(), "strided": wide[::2, ::2], "expanded": wide[:1].expand(4, 600)}
-    return cases + [pytest.param((view, (1, 128)), id=name) for name, view in views.items()]
+    cases += [pytest.param((view, (1, 128)), id=name) for name, view in views.items()]
+    stack = randn(3, 5, 300)
+    cases += [pytest.param((stack, block), id=f"stack-{block}") for block in ((1, 128), (128, 128))]
+    return [*cases, pytest.param((stack.mT, (1, 128)), id="transposed-stack")]
 
 
 def dequantize_cases() -> list[Any]:
@@ -57,6 +60,9 @@ def dequantize_cases() -> list[Any]:
         for block, dtype in zip(BLOCKS, (torch.bfloat16, torch.float16, torch.float32), strict=True):
             t = fastfp8.quantize(randn(*shape), block)
             cases.append(pytest.param((t.data, t.scale, block, dtype), id=f"{shape}-{block}-{dtype}"))
+    for block in ((1, 128), (128, 128)):
+        t = fastfp8.quantize(randn(3, 5, 300), block)
+        cases.append(pytest.param((t.data, t.scale, block), id=f"stack-{block}"))
     turned = fastfp8.quantize(randn(5, 300)).t()
     return cases + [pytest.param((turned.data, turned.scale, turned.block), id="transposed")]
 
@@ -82,10 +88,29 @@ def gemm_cases() -> list[Any]:
     ]
 
 
+def grouped_args(op: str, *rest: Any, n: int = 16, k: int = 304) -> tuple[Any, ...]:
+    """All rows are in a group, for the others have no values to compare. The error word is the first of ``rest``."""
+    masked = op == "masked_grouped_gemm"
+    a, b = fastfp8.quantize(randn(*(3, 5) if masked else (15,), k)), fastfp8.quantize(randn(3, n, k), (128, 128))
+    sizes = torch.tensor([5, 5, 5] if masked else [2, 2, 15], dtype=torch.int32)
+    return (a.data, a.scale, b.data, b.scale, sizes, *rest)
+
+
+def grouped_cases(op: str) -> list[Any]:
+    return [
+        pytest.param(grouped_args(op, None), id="defaults"),
+        pytest.param(grouped_args(op, torch.zeros(1, dtype=torch.int32), torch.float32), id="error-word"),
+        pytest.param(grouped_args(op, None, n=0), id="no-columns"),
+        pytest.param(grouped_args(op, None, k=0), id="no-k"),
+    ]
+
+
 CASES = {
     OPS.quantize.default: quantize_cases(),
     OPS.dequantize.default: dequantize_cases(),
     OPS.gemm.default: gemm_cases(),
+    OPS.grouped_gemm.default: grouped_cases("grouped_gemm"),
+    OPS.masked_grouped_gemm.default: grouped_cases("masked_grouped_gemm"),
 }
 every_case = pytest.mark.parametrize(
     ("op", "args"),
@@ -188,6 +213,14 @@ def rebuilt(data: Tensor, scale: Tensor) -> ScaledTensor:
     return ScaledTensor(data, scale * 1.0, (1, 128))
 
 
+def experts(x: Tensor, w: Tensor, ends: Tensor, counts: Tensor) -> tuple[ScaledTensor, Tensor, Tensor]:
+    """The same rows once as groups, once as a stack with room for all of them."""
+    b = fastfp8.quantize(w, (128, 128))
+    y = fastfp8.grouped_gemm(fastfp8.quantize(x), b, ends, out_dtype=torch.float32)
+    stack = fastfp8.quantize(x.expand(w.shape[0], *x.shape))
+    return stack, y, fastfp8.masked_grouped_gemm(stack, b, counts)
+
+
 def compiled(function: Callable[..., Any], backend: str, dynamic: bool | None) -> Callable[..., Any]:
     torch._dynamo.reset()
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
@@ -215,6 +248,14 @@ class TestCompile:
         function = compiled(wgrad_operands, backend, dynamic)
         for m in (5, 8, 130):
             assert same(function(randn(m, 300)), wgrad_operands(randn(m, 300)))
+
+    def test_experts(self, backend: str, dynamic: bool | None) -> None:
+        """With the error word, which the ops say they may write."""
+        function = compiled(experts, backend, dynamic)
+        for m in (5, 8, 130):
+            ends, counts = (torch.tensor(sizes, dtype=torch.int32) for sizes in ([2, 2, m], [m, m, m]))
+            args = randn(m, 304, dtype=torch.bfloat16), randn(3, 24, 304), ends, counts
+            assert same(function(*args), experts(*args))
 
     def test_rebuilt(self, backend: str, dynamic: bool | None) -> None:
         """The constructor's checks and its copy of a scale into its layout trace too."""
@@ -249,15 +290,20 @@ class TestCompileMore:
 class TestAutograd:
     """No op has a backward, modules define theirs; and torch must not derive one from what the reference is made of."""
 
-    @pytest.mark.parametrize("op", ["quantize", "dequantize", "gemm"])
+    @pytest.mark.parametrize("op", ["quantize", "dequantize", "gemm", "grouped_gemm", "masked_grouped_gemm"])
     def test_backward_warns_and_gives_nothing(self, op: str) -> None:
         x = randn(5, 304).requires_grad_()
         t, w = fastfp8.quantize(randn(5, 304)), fastfp8.quantize(randn(16, 304), (128, 128))
         scale = t.scale.detach().requires_grad_()
+        grouped, masked = (grouped_args(op, None) for op in ("grouped_gemm", "masked_grouped_gemm"))
+        if op in ("grouped_gemm", "masked_grouped_gemm"):
+            scale = (grouped if op == "grouped_gemm" else masked)[1].detach().requires_grad_()
         leaf, out = {
             "quantize": lambda: (x, OPS.quantize(x)[1]),
             "dequantize": lambda: (scale, OPS.dequantize(t.data, scale, t.block, torch.float32)),
             "gemm": lambda: (scale, OPS.gemm(t.data, scale, w.data, w.scale)),
+            "grouped_gemm": lambda: (scale, OPS.grouped_gemm(grouped[0], scale, *grouped[2:])),
+            "masked_grouped_gemm": lambda: (scale, OPS.masked_grouped_gemm(masked[0], scale, *masked[2:])),
         }[op]()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

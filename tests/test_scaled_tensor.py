@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import fastfp8
 from fastfp8 import ScaledTensor
-from fastfp8.layout import BLOCKS, Block, scale_shape, scale_strides
+from fastfp8.layout import BLOCKS, Block, as_matrices, scale_shape, scale_strides
 
 E4M3 = torch.float8_e4m3fn
 SHAPES = [(1, 1), (1, 128), (5, 300), (128, 128), (257, 129), (130, 16), (0, 256), (7, 0)]
@@ -104,7 +104,8 @@ class TestConstruction:
                 TypeError,
                 ["'data'", "float8_e4m3fn", "float8_e5m2"],
             ),
-            ({"data": torch.zeros(256).to(E4M3)}, ValueError, ["'data'", "2 dimensions", "(256,)"]),
+            ({"data": torch.zeros(256).to(E4M3)}, ValueError, ["'data'", "2 or 3 dimensions", "(256,)"]),
+            ({"data": torch.zeros(1, 4, 256).to(E4M3)}, ValueError, ["'scale'", "3 dimensions", "(4, 2)"]),
             ({"data": [[1.0]]}, TypeError, ["'data'", "torch.Tensor", "list"]),
             ({"data": torch.zeros(4, 256, device="meta").to(E4M3)}, ValueError, ["'scale'", "device meta", "cpu"]),
             ({"scale": torch.zeros(4, 2, dtype=torch.float64)}, TypeError, ["'scale'", "float32", "float64"]),
@@ -189,6 +190,122 @@ class TestMethods:
         assert there.scale.device == torch.device("meta")
         assert there.scale.stride() == made.scale.stride()
         assert (there.shape, there.block) == (made.shape, made.block)
+
+
+STACKS = [(3, 5, 300), (1, 5, 300), (3, 1, 300), (2, 128, 128), (2, 130, 100), (0, 5, 300), (3, 0, 300), (3, 5, 0)]
+
+
+def make_stack(shape: tuple[int, int, int], block: Block) -> ScaledTensor:
+    return fastfp8.quantize(torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))), block)
+
+
+@pytest.mark.parametrize("shape", STACKS, ids=str)
+@pytest.mark.parametrize("block", [(1, 128), (128, 128)], ids=str)
+class TestStack:
+    def test_layout(self, block: Block, shape: tuple[int, int, int]) -> None:
+        """That of one tall matrix in (1, 128) blocks; as numbers, not as layout.py states it."""
+        made = make_stack(shape, block)
+        matrices, rows, cols = shape
+        blocks = -(-cols // 128)
+        assert (made.shape, made.block) == (shape, block)
+        if block == (1, 128):
+            assert made.scale.shape == (matrices, rows, blocks)
+            assert made.scale.stride() == (rows, 1, -(-matrices * rows // 4) * 4)
+        else:
+            assert made.scale.shape == (matrices, -(-rows // 128), blocks)
+            assert made.scale.is_contiguous()
+
+    @pytest.mark.parametrize("layout", ["contiguous", "apart", "transposed"])
+    def test_scale_becomes_canonical(self, block: Block, shape: tuple[int, int, int], layout: str) -> None:
+        made = make_stack(shape, block)
+        given = made.scale.contiguous()
+        if layout == "apart":
+            matrices, rows, blocks = given.shape
+            given = torch.full((matrices, 2 * rows + 1, blocks + 1), torch.nan)[:, :rows, :blocks].copy_(given)
+        elif layout == "transposed":
+            given = given.mT.contiguous().mT
+        out = ScaledTensor(made.data, given, block)
+        assert same(out, made)
+        assert fastfp8.dequantize(out).shape == shape
+        again = ScaledTensor(made.data, made.scale, block)
+        assert again.scale is made.scale
+
+    def test_matrices_are_views(self, block: Block, shape: tuple[int, int, int]) -> None:
+        made = make_stack(shape, block)
+        matrices = list(made)
+        assert len(matrices) == shape[0]
+        for index, matrix in enumerate(matrices):
+            alone = fastfp8.quantize(
+                torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))[index], block
+            )
+            assert torch.equal(matrix.data.view(torch.uint8), alone.data.view(torch.uint8))
+            assert torch.equal(matrix.scale, alone.scale)
+            assert matrix.block == block
+            assert matrix.data.data_ptr() == made.data[index].data_ptr()
+            assert matrix.scale.data_ptr() == made.scale[index].data_ptr()
+            # Any op takes it as it is.
+            assert torch.equal(matrix.dequantize(), made.dequantize()[index])
+
+    def test_turned(self, block: Block, shape: tuple[int, int, int]) -> None:
+        made = make_stack(shape, block)
+        if block == (1, 128):
+            with pytest.raises(ValueError, match=r"ScaledTensor\.t: .*2 dimensions or \(128, 128\) blocks"):
+                made.t()
+            return
+        turned = made.t()
+        assert turned.data.data_ptr() == made.data.data_ptr()
+        assert torch.equal(turned.dequantize(), made.dequantize().mT)
+        assert same(turned.t(), made)
+        assert turned.contiguous().data.is_contiguous()
+
+    def test_in_and_out(self, tmp_path: pathlib.Path, block: Block, shape: tuple[int, int, int]) -> None:
+        """Pytrees, which drop paddings, safetensors and torch.save."""
+        made = make_stack(shape, block)
+        assert same(pytree.tree_map(torch.clone, made), made)
+        safetensors.torch.save_file(made.state_dict(), tmp_path / "x.safetensors")
+        assert same(ScaledTensor.from_state_dict(safetensors.torch.load_file(tmp_path / "x.safetensors")), made)
+        torch.save(made, tmp_path / "x.pt")
+        assert same(torch.load(tmp_path / "x.pt"), made)
+        assert repr(made).startswith(f"ScaledTensor({shape}, {block[0]}x{block[1]} blocks")
+
+    def test_as_matrices(self, block: Block, shape: tuple[int, int, int]) -> None:
+        """One launch where blocks do not end amid a matrix and the matrices lie one below the other."""
+        made, other = make_stack(shape, block), torch.zeros(shape[0], 2 * shape[1] + 1, shape[2])[:, : shape[1]]
+        many = shape[0] if shape[1] % block[0] else 1
+        problems = as_matrices(block, made.data, made.scale)
+        assert len(problems) == many
+        assert sum(data.numel() for data, _ in problems) == made.data.numel()
+        scattered = shape[0] > 1 and shape[1] > 1 and shape[2] > 0
+        assert len(as_matrices(block, other, made.scale)) == (shape[0] if scattered else many)
+
+
+class TestStackErrors:
+    def test_no_columns_of_blocks(self) -> None:
+        """(128, 1) blocks are of a matrix."""
+        x = torch.ones(2, 128, 5)
+        for call in (
+            lambda: fastfp8.quantize(x, (128, 1)),
+            lambda: ScaledTensor(x.to(E4M3), torch.ones(2, 1, 5), (128, 1)),
+            lambda: torch.ops.fastfp8.quantize(x, (128, 1)),
+            lambda: torch.ops.fastfp8.dequantize(x.to(E4M3), torch.ones(2, 1, 5), (128, 1)),
+        ):
+            with pytest.raises(ValueError, match=r"\(128, 1\) blocks of a stack .*, got shape \(2, 128, 5\)"):
+                call()
+
+    def test_indices(self) -> None:
+        stack, matrix = make_stack((3, 5, 300), (1, 128)), make(5, 300, (1, 128))
+        with pytest.raises(IndexError):
+            stack[3]
+        assert torch.equal(stack[-1].data.view(torch.uint8), stack[2].data.view(torch.uint8))
+        with pytest.raises(ValueError, match=r"a stack \[G, R, C\].*\(5, 300\)"):
+            matrix[0]
+        with pytest.raises(TypeError, match="'matrix': expected an int"):
+            stack["x"]  # type: ignore[index]
+
+    def test_scale_of_another_layout_is_refused_by_ops(self) -> None:
+        made = make_stack((3, 6, 300), (1, 128))
+        with pytest.raises(RuntimeError, match=r"the number of rows of all matrices.*got stride \(18, 3, 1\)"):
+            torch.ops.fastfp8.dequantize(made.data, made.scale.contiguous(), (1, 128))
 
 
 class TestPytree:

@@ -14,7 +14,9 @@ CPP = sorted(p for p in CSRC.rglob("*") if p.suffix in {".cpp", ".h", ".cu", ".c
 PYTHON = sorted(p for folder in ("fastfp8", "bench", "tests", "build_support") for p in (ROOT / folder).rglob("*.py"))
 EMULATOR = sorted(p for d in ("src", "fuzz") for p in (ROOT / "tests" / "emulator" / d).iterdir() if p.is_file())
 BUDGETED = CPP + EMULATOR + PYTHON + sorted((ROOT / "tests" / "cuda").iterdir())
-OPS = ("quantize", "dequantize", "gemm")
+OPS = ("quantize", "dequantize", "gemm", "grouped_gemm", "masked_grouped_gemm")
+# Ops that share the files of another, because they share its kernel.
+STEM_OF = {"masked_grouped_gemm": "grouped_gemm"}
 MAX_FILE, MAX_FUNCTION = 500, 150
 
 # What each folder of csrc may include from: data flows ops -> bindings -> problem -> config -> plan -> kernel -> ptx.
@@ -106,7 +108,7 @@ def test_function_budget(path: Path) -> None:
 
 def test_the_function_budget_sees_functions() -> None:
     """The measure itself: a rule that finds no function would always pass."""
-    assert any("make_problem" in name and 30 < n < 80 for name, n in cpp_functions(CSRC / "gemm/problem.cpp").items())
+    assert any("make_problem" in name and 20 < n < 80 for name, n in cpp_functions(CSRC / "gemm/problem.cpp").items())
     assert any("produce" in name for name in cpp_functions(CSRC / "gemm/kernels/gemm_sm90.cuh"))
     assert python_functions(Path(__file__))["python_functions"] == 4
 
@@ -149,11 +151,12 @@ def test_library_reads_no_environment(path: Path) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_one_stem_an_op(op: str) -> None:
-    """Schema, API, reference, Triton kernel and test of an op share its name."""
+    """Schema, API, reference, Triton kernel and test of an op share its name, or that of the op it goes with."""
     assert re.search(rf'"{op}\(', (CSRC / "bindings" / "schema.cpp").read_text())
     for folder in ("ops", "reference", "triton_kernels"):
-        assert (ROOT / "fastfp8" / folder / f"{op}.py").exists()
-    assert (ROOT / "tests" / "ops" / f"test_{op}.py").exists()
+        text = (ROOT / "fastfp8" / folder / f"{STEM_OF.get(op, op)}.py").read_text()
+        assert f"def {op}(" in text
+    assert (ROOT / "tests" / "ops" / f"test_{STEM_OF.get(op, op)}.py").exists()
 
 
 def test_every_op_of_the_schema_is_known() -> None:

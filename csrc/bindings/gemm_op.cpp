@@ -1,17 +1,14 @@
 // torch.ops.fastfp8.gemm on CUDA tensors: tensors -> problem -> config -> plan -> launch; Triton where no kernel of
 // ours fits.
-#include "gemm_op.h"
-
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <optional>
-#include <stdexcept>
 
 #include "../common/driver.h"
 #include "../gemm/plan.h"
+#include "backend.h"
 #include "tensors.h"
 
 namespace fastfp8 {
@@ -20,23 +17,6 @@ namespace {
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Present in the CUDA builds of torch from 2.11 on, hence looked up rather than linked.
-using GetCurrentStream = int (*)(int32_t device, void** stream);
-GetCurrentStream get_current_stream() {
-  static const auto function =
-      reinterpret_cast<GetCurrentStream>(dlsym(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
-  return function;
-}
-
-Tensor call_triton(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
-                   IntHeaderOnlyArrayRef b_block, ScalarType out_dtype, const std::optional<Tensor>& c) {
-  using torch::stable::detail::from;
-  StableIValue stack[] = {from(a), from(a_scale), from(b), from(b_scale), from(b_block), from(out_dtype), from(c)};
-  if (torch_call_dispatcher("fastfp8::_gemm_triton", "", stack, TORCH_ABI_VERSION) != 0)
-    throw std::runtime_error("fastfp8.gemm: the Triton kernel failed; torch has printed why above");
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 Tensor gemm_cuda(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
                  IntHeaderOnlyArrayRef b_block, ScalarType out_dtype, const std::optional<Tensor>& c) {
@@ -48,11 +28,9 @@ Tensor gemm_cuda(const Tensor& a, const Tensor& a_scale, const Tensor& b, const 
   const gemm::GemmProblem problem = gemm::make_problem(operands, ready ? driver::device(device).num_sms : 1,
                                                        gemm::Machine::of(ready ? driver::device(device).name : ""));
   if (!ready) {
-    if (!triton_unusable_reason().empty())
-      throw std::runtime_error("fastfp8.gemm: no backend can serve cuda:" + std::to_string(device) +
-                               ". sm_90a kernel: " + gemm_sm90_unusable_reason(device) +
-                               ". Triton: " + triton_unusable_reason());
-    return call_triton(a, a_scale, b, b_scale, b_block, out_dtype, c);
+    using torch::stable::detail::from;
+    StableIValue stack[] = {from(a), from(a_scale), from(b), from(b_scale), from(b_block), from(out_dtype), from(c)};
+    return call_triton("gemm", "fastfp8::_gemm_triton", device, stack);
   }
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int64_t shape[] = {problem.m, problem.n};
@@ -67,33 +45,11 @@ Tensor gemm_cuda(const Tensor& a, const Tensor& a_scale, const Tensor& b, const 
       {"out", reinterpret_cast<uint64_t>(out.data_ptr())},
       {"c", operands.c ? operands.c->address : 0},
   };
-  void* stream = nullptr;
-  if (get_current_stream()(device, &stream) != 0)
-    throw std::runtime_error("fastfp8.gemm: torch gave no current stream");
-  driver::launch(gemm::plan(problem, gemm::select(problem)), bindings, 6, stream);
+  driver::launch(gemm::plan(problem, gemm::select(problem)), bindings, 6, current_stream(device));
   return out;
 }
 
-std::string& triton_reason() {
-  static std::string reason = "fastfp8 is not imported";
-  return reason;
-}
-
 }  // namespace
-
-std::string gemm_sm90_unusable_reason(int device) {
-  if (!driver::unusable_reason().empty()) return driver::unusable_reason();
-  const driver::DeviceInfo& info = driver::device(device);
-  if (info.major != 9 || info.minor != 0)
-    return "built for sm_90a, this GPU is sm_" + std::to_string(info.major) + std::to_string(info.minor);
-  if (get_current_stream() == nullptr)
-    return "needs a CUDA build of torch, 2.11 or newer, to ask for the current stream";
-  return "";
-}
-
-void set_triton_unusable_reason(const std::string& reason) { triton_reason() = reason; }
-const std::string& triton_unusable_reason() { return triton_reason(); }
-
 }  // namespace fastfp8
 
 STABLE_TORCH_LIBRARY_IMPL(fastfp8, CUDA, library) { library.impl("gemm", TORCH_BOX(&fastfp8::gemm_cuda)); }

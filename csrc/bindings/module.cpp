@@ -7,7 +7,7 @@
 
 #include "../common/driver.h"
 #include "../gemm/plan.h"
-#include "gemm_op.h"
+#include "backend.h"
 
 namespace py = pybind11;
 
@@ -15,7 +15,7 @@ namespace fastfp8 {
 namespace {
 
 DType dtype_named(const std::string& name) {
-  for (DType type : {DType::kE4M3, DType::kBF16, DType::kF32}) {
+  for (DType type : {DType::kE4M3, DType::kBF16, DType::kF32, DType::kI32}) {
     if (name == name_of(type)) return type;
   }
   return DType::kOther;
@@ -90,7 +90,22 @@ void bind_gemm(py::module_& module) {
            }),
            py::arg("a"), py::arg("a_scale"), py::arg("b"), py::arg("b_scale"), py::arg("b_block"), py::arg("out_dtype"),
            py::arg("c"), py::arg("num_sms"), py::arg("machine") = "H100")
+      .def_static(
+          "grouped",
+          [](const TensorView& a, const TensorView& a_scale, const TensorView& b, const TensorView& b_scale,
+             const TensorView& ends, int64_t groups, bool masked, const std::string& out_dtype, int num_sms,
+             const std::string& machine) {
+            const char* op = masked ? "masked_grouped_gemm" : "grouped_gemm";
+            return make_problem(GroupedOperands{op, masked ? "counts" : "offsets", a, a_scale, b, b_scale, ends, groups,
+                                                masked, dtype_named(out_dtype)},
+                                num_sms, Machine::named(machine));
+          },
+          py::arg("a"), py::arg("a_scale"), py::arg("b"), py::arg("b_scale"), py::arg("ends"), py::arg("groups"),
+          py::arg("masked"), py::arg("out_dtype"), py::arg("num_sms"), py::arg("machine") = "H100",
+          "Rows of A in groups, each by a B of its own; tensors of three dimensions flattened to two.")
       .def_readonly("m", &GemmProblem::m)
+      .def_readonly("groups", &GemmProblem::groups)
+      .def_readonly("group_rows", &GemmProblem::group_rows)
       .def_readonly("n", &GemmProblem::n)
       .def_readonly("k", &GemmProblem::k)
       .def_property_readonly("out_dtype", [](const GemmProblem& self) { return name_of(self.out); })

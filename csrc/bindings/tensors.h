@@ -2,6 +2,7 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
+#include "../common/check.h"
 #include "../common/tensor_view.h"
 
 namespace fastfp8 {
@@ -14,6 +15,8 @@ inline DType dtype_of(torch::headeronly::ScalarType type) {
       return DType::kBF16;
     case torch::headeronly::ScalarType::Float:
       return DType::kF32;
+    case torch::headeronly::ScalarType::Int:
+      return DType::kI32;
     default:
       return DType::kOther;
   }
@@ -29,6 +32,20 @@ inline TensorView view_of(const torch::stable::Tensor& tensor) {
   }
   view.device = tensor.is_cuda() ? tensor.get_device_index() : -1;
   view.address = reinterpret_cast<uint64_t>(tensor.data_ptr());
+  return view;
+}
+
+// A tensor of three dimensions, whose matrices lie one below the other, as the matrix of all their rows.
+inline TensorView flattened(const torch::stable::Tensor& tensor, const char* op, const char* argument) {
+  TensorView view = view_of(tensor);
+  FASTFP8_CHECK_ARGUMENT(view.dim == 3, op, argument, "3 dimensions", view.dim);
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  const bool follow = sizes[0] <= 1 || sizes[1] <= 1 || strides[0] == sizes[1] * strides[1];
+  FASTFP8_CHECK_ARGUMENT(follow, op, argument, "matrices whose rows follow each other's",
+                         "stride (" << strides[0] << ", " << strides[1] << ", " << strides[2] << ")");
+  view.dim = 2;
+  view.sizes = {sizes[0] * sizes[1], sizes[2]};
+  view.strides = {sizes[1] == 1 ? strides[0] : strides[1], strides[2]};
   return view;
 }
 

@@ -4,7 +4,7 @@
 
 namespace fastfp8 {
 
-enum class DType : uint8_t { kE4M3, kBF16, kF32, kOther };
+enum class DType : uint8_t { kE4M3, kBF16, kF32, kI32, kOther };
 
 constexpr int size_of(DType type) { return type == DType::kE4M3 ? 1 : type == DType::kBF16 ? 2 : 4; }
 
@@ -16,6 +16,8 @@ constexpr const char* name_of(DType type) {
       return "bfloat16";
     case DType::kF32:
       return "float32";
+    case DType::kI32:
+      return "int32";
     default:
       return "another dtype";
   }

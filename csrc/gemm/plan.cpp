@@ -1,11 +1,13 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 namespace fastfp8::gemm {
 namespace {
 
 struct Instance {
+  Rows rows;
   BScales b_scales;
   DType out;
   TileShape tile;
@@ -15,27 +17,34 @@ struct Instance {
 
 // Every kernel that csrc/gemm/instantiations defines.
 #define FASTFP8_INSTANCE(SCALES, OUT, STEM, M, N, KIND, SUFFIX) \
-  {BScales::SCALES, DType::OUT, {M, N}, Cluster::KIND, "gemm_" STEM, "gemm_sm90_" STEM "_" #M "x" #N SUFFIX}
+  {Rows::kAll, BScales::SCALES, DType::OUT, {M, N}, Cluster::KIND, "gemm_" STEM, "gemm_sm90_" STEM "_" #M "x" #N SUFFIX}
 #define FASTFP8_INSTANCES(SCALES, OUT, STEM)                                                                       \
   FASTFP8_INSTANCE(SCALES, OUT, STEM, 64, 64, kNone, ""), FASTFP8_INSTANCE(SCALES, OUT, STEM, 64, 128, kNone, ""), \
       FASTFP8_INSTANCE(SCALES, OUT, STEM, 128, 64, kNone, ""),                                                     \
       FASTFP8_INSTANCE(SCALES, OUT, STEM, 128, 128, kNone, ""),                                                    \
       FASTFP8_INSTANCE(SCALES, OUT, STEM, 128, 128, kPair, "_pair")
+#define FASTFP8_GROUPED(OUT, STEM, M, N) \
+  {Rows::kGroups, BScales::kBlock, DType::OUT, {M, N}, Cluster::kNone, "gemm_" STEM, "gemm_sm90_" STEM "_" #M "x" #N}
 constexpr Instance kInstances[] = {
     FASTFP8_INSTANCES(kBlock, kBF16, "block_bf16"),
     FASTFP8_INSTANCES(kBlock, kF32, "block_f32"),
     FASTFP8_INSTANCES(kRow, kBF16, "row_bf16"),
     FASTFP8_INSTANCES(kRow, kF32, "row_f32"),
+    FASTFP8_GROUPED(kBF16, "grouped_bf16", 64, 128),
+    FASTFP8_GROUPED(kBF16, "grouped_bf16", 128, 128),
+    FASTFP8_GROUPED(kF32, "grouped_f32", 64, 128),
+    FASTFP8_GROUPED(kF32, "grouped_f32", 128, 128),
     FASTFP8_INSTANCE(kBlock, kBF16, "block_bf16", 64, 64, kSplit, "_split"),
     FASTFP8_INSTANCE(kBlock, kF32, "block_f32", 64, 64, kSplit, "_split"),
 };
 #undef FASTFP8_INSTANCES
 #undef FASTFP8_INSTANCE
+#undef FASTFP8_GROUPED
 
 const Instance& find_instance(const GemmProblem& problem, const GemmConfig& config) {
   for (const Instance& instance : kInstances) {
-    if (instance.b_scales == problem.b_scales && instance.out == problem.out && instance.tile.m == config.tile.m &&
-        instance.tile.n == config.tile.n && instance.kind == config.kind)
+    if (instance.rows == problem.rows() && instance.b_scales == problem.b_scales && instance.out == problem.out &&
+        instance.tile.m == config.tile.m && instance.tile.n == config.tile.n && instance.kind == config.kind)
       return instance;
   }
   throw std::logic_error("no GEMM kernel of " + config.str() + " for " + problem.str());
@@ -72,27 +81,51 @@ TensorMapSlot out_map(int m, int n, TileShape tile) {
            columns == 64 ? Swizzle::k128B : Swizzle::k64B}};
 }
 
-}  // namespace
-
-LaunchPlan plan(const GemmProblem& problem, const GemmConfig& config) {
+// Both entries begin with these (kernels/gemm_sm90.cuh).
+LaunchPlan begin_plan(const GemmProblem& problem, const GemmConfig& config) {
   if (problem.m == 0 || problem.n == 0 || problem.k == 0)
     throw std::logic_error("nothing to launch for " + problem.str());
   const Instance& instance = find_instance(problem, config);
-  const TileShape tile = config.tile;
-  const bool by_row = problem.b_scales == BScales::kRow;
-  const bool by_tma = problem.out == DType::kBF16 && config.kind != Cluster::kSplit;
-  const int b_rows = tile.n / (config.kind == Cluster::kPair ? 2 : 1);
+  const int b_rows = config.tile.n / (config.kind == Cluster::kPair ? 2 : 1);
   LaunchPlan plan{};
   plan.module = instance.module, plan.kernel = instance.kernel;
   plan.grid = {config.grid, 1, 1}, plan.block = {kThreads, 1, 1}, plan.cluster = {config.cluster, 1, 1};
-  plan.shared_bytes = SharedPlan::make(tile, problem.b_scales, problem.out, config.kind).bytes;
+  plan.shared_bytes = SharedPlan::make(config.tile, problem.b_scales, problem.out, config.kind, problem.rows()).bytes;
   plan.overlaps = true;
-  // In the order of the entry's parameters (kernels/gemm_sm90.cuh).
-  plan.add(codes_map("a", problem.m, problem.k, problem.a_pitch, tile.m));
-  plan.add(codes_map("b", problem.n, problem.k, problem.b_pitch, b_rows));
-  plan.add(scale_map("a_scale", problem.m, problem.k, problem.a_scale_pitch, tile.m));
-  plan.add(by_row ? scale_map("b_scale", problem.n, problem.k, problem.b_scale_pitch, tile.n) : TensorMapSlot{});
-  plan.add(by_tma ? out_map(problem.m, problem.n, tile) : TensorMapSlot{});
+  plan.add(codes_map("a", problem.m, problem.k, problem.a_pitch, config.tile.m));
+  plan.add(codes_map("b", problem.n * std::max(problem.groups, 1), problem.k, problem.b_pitch, b_rows));
+  plan.add(scale_map("a_scale", problem.m, problem.k, problem.a_scale_pitch,
+                     SharedPlan::a_scales(config.tile, problem.rows())));
+  return plan;
+}
+
+LaunchPlan plan_grouped(const GemmProblem& problem, const GemmConfig& config) {
+  const bool bf16 = problem.out == DType::kBF16;
+  LaunchPlan plan = begin_plan(problem, config);
+  plan.add(bf16 ? out_map(problem.m, problem.n, config.tile) : TensorMapSlot{});
+  plan.add(TensorSlot{"b_scale"});
+  plan.add(TensorSlot{"out"});  // by the map where a tile is full, by address where rows behind it are another group's
+  plan.add(TensorSlot{"ends"});
+  plan.add(TensorSlot{"error"});
+  plan.add(int32_t{problem.groups});
+  plan.add(int32_t{problem.group_rows});
+  plan.add(int32_t{problem.m});
+  plan.add(int32_t{problem.n});
+  plan.add(int32_t{problem.k});
+  plan.add(int32_t{config.order.tiles_n});
+  plan.add(int32_t{config.order.band});
+  return plan;
+}
+
+}  // namespace
+
+LaunchPlan plan(const GemmProblem& problem, const GemmConfig& config) {
+  if (problem.groups) return plan_grouped(problem, config);
+  const bool by_row = problem.b_scales == BScales::kRow;
+  const bool by_tma = problem.out == DType::kBF16 && config.kind != Cluster::kSplit;
+  LaunchPlan plan = begin_plan(problem, config);
+  plan.add(by_row ? scale_map("b_scale", problem.n, problem.k, problem.b_scale_pitch, config.tile.n) : TensorMapSlot{});
+  plan.add(by_tma ? out_map(problem.m, problem.n, config.tile) : TensorMapSlot{});
   plan.add(TensorSlot{by_row ? nullptr : "b_scale"});
   plan.add(TensorSlot{by_tma ? nullptr : "out"});
   plan.add(TensorSlot{problem.c ? "c" : nullptr});

@@ -21,6 +21,11 @@ struct GemmProblem {
   int c_pitch;                           // elements from row to row
   int num_sms;
   const Machine* machine;  // for the cost model
+  // A grouped product: n is of one group's B, of which there are `groups` one below the other. 0: a dense one.
+  int groups = 0;
+  int group_rows = 0;  // rows of A from group to group; 0 where the ends of the groups' rows are given
+
+  Rows rows() const { return groups > 0 ? Rows::kGroups : Rows::kAll; }
 
   std::string str() const;
 };
@@ -32,7 +37,18 @@ struct GemmOperands {
   DType out;
 };
 
+// Rows of A in groups, each multiplied by a B of its own. Tensors of three dimensions come flattened to [G * rows, K].
+struct GroupedOperands {
+  const char* op;    // for messages
+  const char* ends;  // the name of the argument that says where the groups end
+  TensorView a, a_scale, b, b_scale, group_ends;
+  int64_t groups;
+  bool masked;  // groups lie a fixed number of rows apart, and group_ends counts rows
+  DType out;
+};
+
 // Raises std::runtime_error that names the argument unless the operands fit together and the kernels can read them.
 GemmProblem make_problem(const GemmOperands& operands, int num_sms, const Machine& machine);
+GemmProblem make_problem(const GroupedOperands& operands, int num_sms, const Machine& machine);
 
 }  // namespace fastfp8::gemm

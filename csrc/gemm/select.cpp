@@ -32,14 +32,20 @@ int band_of(int tiles_m, int tile_m, int tile_n, int clusters) {
 // The bytes that must come from HBM or go there.
 double traffic(const GemmProblem& problem) {
   const double m = problem.m, n = problem.n, k = problem.k, out = size_of(problem.out);
-  const double b_scales = (problem.b_scales == BScales::kRow ? n : n / 128) * k / 128 * 4;
-  return m * k + n * k + m * k / 128 * 4 + b_scales + m * n * (out + (problem.c ? size_of(*problem.c) : 0));
+  const double b = n * k + (problem.b_scales == BScales::kRow ? n : n / 128) * k / 128 * 4;
+  return m * k + m * k / 128 * 4 + std::max(problem.groups, 1) * b +
+         m * n * (out + (problem.c ? size_of(*problem.c) : 0));
+}
+
+// Of one group, as if all had as many; how many they have is in device memory.
+int rows_of_group(const GemmProblem& problem) {
+  return static_cast<int>(ceil_div(problem.m, std::max(problem.groups, 1)));
 }
 
 Cost cost_of(const GemmProblem& problem, const GemmConfig& config) {
   const Machine& machine = *problem.machine;
   const int columns = config.tile.consumer_columns();
-  const double rows_a = std::min(problem.m, config.tile.m);  // rows past M are filled, not read
+  const double rows_a = std::min(rows_of_group(problem), config.tile.m);  // rows past M are filled, not read
   const bool split = config.kind == Cluster::kSplit, pair = config.kind == Cluster::kPair;
   Cost cost{};
   // A wgmma of 64 x columns x 32 takes the tensor core's time or that of reading A and B, of 64 and `columns` rows.
@@ -72,12 +78,14 @@ GemmConfig make_config(const GemmProblem& problem, TileShape tile, Cluster kind)
   config.tile = tile, config.kind = kind;
   config.segments = Segments::of(problem.n, problem.k, problem.b_scales);
   config.cluster = kind == Cluster::kNone ? 1 : kind == Cluster::kPair ? 2 : config.segments.count;
-  config.stages = SharedPlan::make(tile, problem.b_scales, problem.out, kind).stages;
+  config.stages = SharedPlan::make(tile, problem.b_scales, problem.out, kind, problem.rows()).stages;
   const int rows = tile.m * (kind == Cluster::kPair ? 2 : 1);
-  const int tiles_m = static_cast<int>(ceil_div(problem.m, rows)),
+  const int tiles_m = static_cast<int>(ceil_div(rows_of_group(problem), rows) * std::max(problem.groups, 1)),
             tiles_n = static_cast<int>(ceil_div(problem.n, tile.n)), clusters = problem.num_sms / config.cluster;
   config.order = {tiles_m, tiles_n, band_of(tiles_m, rows, tile.n, std::max(clusters, 1))};
-  config.grid = static_cast<int>(std::min<int64_t>(static_cast<int64_t>(tiles_m) * tiles_n, clusters)) * config.cluster;
+  // Groups may have more tiles than these: the busiest of them, or many with a few rows in their last.
+  const int64_t most = problem.groups ? clusters : static_cast<int64_t>(tiles_m) * tiles_n;
+  config.grid = static_cast<int>(std::min<int64_t>(most, clusters)) * config.cluster;
   config.cost = cost_of(problem, config);
   return config;
 }
@@ -86,9 +94,10 @@ std::string reason_against(const GemmProblem& problem, const GemmConfig& config)
   constexpr int kNarrowest = 64;
   if (config.kind == Cluster::kSplit && config.segments.count == 1) return "N and K make one segment only";
   if (config.cluster > problem.num_sms) return "a cluster needs more SMs than there are";
-  if (config.tile.n > kNarrowest && config.tile.n >= 2 * round_up(problem.n, kNarrowest))
+  if (problem.rows() == Rows::kAll && config.tile.n > kNarrowest &&
+      config.tile.n >= 2 * round_up(problem.n, kNarrowest))
     return "at least half of each tile lies past N";
-  if (config.tile.m > kWgmmaM && problem.m <= kWgmmaM) return "half of each tile lies past M";
+  if (config.tile.m > kWgmmaM && rows_of_group(problem) <= kWgmmaM) return "half of each tile lies past M";
   if (config.kind == Cluster::kPair && problem.m <= config.tile.m) return "half of each pair lies past M";
   return "";
 }
@@ -102,6 +111,10 @@ std::vector<Candidate> candidates(const GemmProblem& problem) {
     const GemmConfig config = make_config(problem, tile, kind);
     all.push_back({config, reason_against(problem, config)});
   };
+  if (problem.groups) {
+    for (TileShape tile : {TileShape{64, 128}, TileShape{128, 128}}) add(tile, Cluster::kNone);
+    return all;
+  }
   for (TileShape tile : kShapes) add(tile, Cluster::kNone);
   add({128, 128}, Cluster::kPair);
   if (problem.b_scales == BScales::kBlock) add({64, 64}, Cluster::kSplit);

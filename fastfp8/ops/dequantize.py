@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentTypeError, check_device, check_dtype, check_tensor, message, value_error
-from ..layout import Block, as_block, has_scale_layout, scale_layout_name, scale_shape
+from ..layout import Block, as_block, check_blocked, has_scale_layout, scale_layout_name, scale_shape_of
 from ..reference.dequantize import dequantize as reference_dequantize
 from ..scaled_tensor import ScaledTensor
 
@@ -17,14 +17,17 @@ OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def dequantize(t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """``t.data * t.scale`` [R, C]: the product in FP32, rounded once to ``dtype``. Bit for bit equal on every backend.
+    """``t.data * t.scale``: the product in FP32, rounded once to ``dtype``. Bit for bit equal on every backend.
+
+    On a GPU a stack is one launch where its matrices lie one below the other and, of (128, 128) blocks, R is a multiple
+    of 128; else it is one launch a matrix.
 
     Args:
-        t: a ScaledTensor [R, C] of any block.
+        t: a ScaledTensor [R, C] or [G, R, C] of any block.
         dtype: bfloat16, float16 or float32.
 
     Returns:
-        A row-major tensor [R, C] of ``dtype`` on the device of ``t``.
+        A row-major tensor of ``dtype`` in the shape of ``t`` on its device.
 
     Raises:
         TypeError: ``t`` is not a ScaledTensor, or ``dtype`` is another.
@@ -36,22 +39,30 @@ def dequantize(t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return out
 
 
-def check_scaled(op: str, name: str, data: Tensor, scale_name: str, scale: Tensor, block: Block) -> None:
-    """Raise unless arguments ``name`` and ``scale_name`` of ``op`` make a ScaledTensor of ``block``."""
-    check_tensor(data, op, name, (torch.float8_e4m3fn,))
-    check_tensor(scale, op, scale_name, (torch.float32,))
+def check_scaled(
+    op: str, name: str, data: Tensor, scale_name: str, scale: Tensor, block: Block, dim: int | None = 2
+) -> None:
+    """Raise unless arguments ``name`` and ``scale_name`` of ``op`` make a ScaledTensor of ``block``.
+
+    It has ``dim`` dimensions; None lets through all that ``block`` allows.
+    """
+    if dim is None:
+        check_blocked(data, op, name, (torch.float8_e4m3fn,), block)
+    else:
+        check_tensor(data, op, name, (torch.float8_e4m3fn,), dim)
+    check_tensor(scale, op, scale_name, (torch.float32,), data.dim())
     check_device(scale, op, scale_name, data, name)
-    shape, got = scale_shape(data.shape[0], data.shape[1], block), tuple(scale.shape)
+    shape, got = scale_shape_of(data.shape, block), tuple(scale.shape)
     if got != shape:
         raise value_error(op, scale_name, f"shape {shape}, one scale for each {block} block", f"shape {got}")
     if not has_scale_layout(scale, block):
-        raise value_error(op, scale_name, scale_layout_name(block), f"stride {tuple(scale.stride())}")
+        raise value_error(op, scale_name, scale_layout_name(block, scale.dim()), f"stride {tuple(scale.stride())}")
 
 
 def _check(data: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype) -> Block:
     checked = as_block(block, _OP)
     check_dtype(dtype, _OP, "dtype", OUTPUT_DTYPES)
-    check_scaled(_OP, "data", data, "scale", scale, checked)
+    check_scaled(_OP, "data", data, "scale", scale, checked, dim=None)
     return checked
 
 

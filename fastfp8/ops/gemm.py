@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentTypeError, check_device, check_dtype, check_tensor, message, value_error
-from ..layout import BLOCK, Block, as_block
+from ..layout import BLOCK, Block, as_block, is_flat, row_pitch
 from ..reference.gemm import gemm as reference_gemm
 from ..scaled_tensor import ScaledTensor
 from .dequantize import check_scaled
@@ -64,14 +64,29 @@ def gemm(
     return out
 
 
-def _check_rows(name: str, data: Tensor) -> None:
-    """Row-major, rows apart by a multiple of 16 bytes: what TMA and vector loads ask for."""
-    rows, cols = data.shape
-    contiguous = cols <= 1 or data.stride(1) == 1
-    aligned = rows <= 1 or cols == 0 or data.stride(0) * data.element_size() % 16 == 0
+def check_rows(op: str, name: str, data: Tensor) -> None:
+    """Row-major, rows apart by a multiple of 16 bytes: what TMA and vector loads ask for.
+
+    Of a stack [G, R, C] the matrices lie one below the other, so that a kernel may see it as one of [G * R, C].
+    """
+    *matrices, rows, cols = data.shape
+    several = rows > 1 or (matrices != [] and matrices[0] > 1)
+    contiguous = cols <= 1 or data.stride(-1) == 1
+    aligned = not several or cols == 0 or row_pitch(data) * data.element_size() % 16 == 0
     if not (contiguous and aligned):
         expected = "row-major data, rows 16 bytes apart or a multiple"
-        raise value_error(_OP, name, expected, f"stride {tuple(data.stride())}")
+        raise value_error(op, name, expected, f"stride {tuple(data.stride())}")
+    if matrices and not is_flat(data):
+        expected = f"matrices one below the other, {rows} rows apart"
+        raise value_error(op, name, expected, f"stride {tuple(data.stride())}")
+
+
+def check_operand(op: str, name: str, data: Tensor) -> None:
+    """check_rows, and that no two rows share memory."""
+    check_rows(op, name, data)
+    *matrices, rows, cols = data.shape
+    if (rows > 1 or (matrices != [] and matrices[0] > 1)) and row_pitch(data) < cols:
+        raise value_error(op, name, "rows that do not overlap", f"stride {tuple(data.stride())}")
 
 
 def _check(
@@ -96,15 +111,13 @@ def _check(
     if n % N_ALIGNMENT:
         raise value_error(_OP, "b", f"N a multiple of {N_ALIGNMENT}", f"N = {n}")
     for name, data in (("a", a), ("b", b)):
-        _check_rows(name, data)
-        if data.shape[0] > 1 and data.stride(0) < k:
-            raise value_error(_OP, name, "rows that do not overlap", f"stride {tuple(data.stride())}")
+        check_operand(_OP, name, data)
     if c is not None:
         check_tensor(c, _OP, "c", OUTPUT_DTYPES)
         check_device(c, _OP, "c", a, "a")
         if tuple(c.shape) != (m, n):
             raise value_error(_OP, "c", f"shape {(m, n)}", f"shape {tuple(c.shape)}")
-        _check_rows("c", c)
+        check_rows(_OP, "c", c)
     return block
 
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Block, ceil_div
+from ..layout import Block, as_matrices, ceil_div
 
 # Elements worked on at a time: temporaries stay in the cache.
 _CHUNK = 1 << 19
 
 
 def dequantize(data: Tensor, scale: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
-    """See :func:`fastfp8.dequantize`; arguments are checked already. The product is FP32, rounded once to ``dtype``."""
+    """See :func:`fastfp8.dequantize`; arguments are checked already."""
+    out = torch.empty(data.shape, dtype=dtype)
+    if data.numel():
+        for data_matrix, out_matrix, scale_matrix in as_matrices(block, data, out, scale):
+            _dequantize_matrix(data_matrix, out_matrix, scale_matrix, block)
+    return out
+
+
+def _dequantize_matrix(data: Tensor, out: Tensor, scale: Tensor, block: Block) -> None:
+    """The product in FP32, rounded once to the type of ``out``."""
     rows, cols = data.shape
-    out = torch.empty((rows, cols), dtype=dtype)
-    if data.numel() == 0:
-        return out
     step = max(1, _CHUNK // (cols * block[0]))
     for first in range(0, ceil_div(rows, block[0]), step):
         chunk = slice(first * block[0], (first + step) * block[0])
@@ -26,4 +32,3 @@ def dequantize(data: Tensor, scale: Tensor, block: Block, dtype: torch.dtype) ->
         spread = spread.reshape(s.shape[0] * block[0], s.shape[1] * block[1])
         torch.mul(values, spread[: values.shape[0], :cols], out=values)
         out[chunk] = values
-    return out

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..layout import Block, empty_scale, scale_shape
+from ..layout import Block, as_matrices, empty_scale, scale_shape_of
 
 E4M3_MAX = 448.0
 # Floor of a block's amax: below it 448 / amax would leave FP32's normal range, and hardware may flush what is not.
@@ -61,19 +61,25 @@ def _quantize_rows(x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: b
     data.copy_(codes.view(row_blocks * block[0], col_blocks * block[1])[:rows, :cols])
 
 
-def quantize(x: Tensor, block: Block, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """See :func:`fastfp8.quantize`; arguments are checked already."""
+def _quantize_matrix(x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: bool, eps: float) -> None:
+    """As _quantize_rows, a chunk at a time."""
     rows, cols = x.shape
-    if x.requires_grad:
-        x = x.detach()
-    data = torch.empty((rows, cols), dtype=torch.float8_e4m3fn)
-    scale = empty_scale(x, scale_shape(rows, cols, block), block)
-    step = max(1, _CHUNK // max(1, cols * block[0]))
+    step = max(1, _CHUNK // (cols * block[0]))
     if rows <= step * block[0]:
-        if x.numel():
-            _quantize_rows(x, data, scale, block, pow2, eps)
-        return data, scale
+        _quantize_rows(x, data, scale, block, pow2, eps)
+        return
     for first in range(0, scale.shape[0], step):
         chunk = slice(first * block[0], (first + step) * block[0])
         _quantize_rows(x[chunk], data[chunk], scale[first : first + step], block, pow2, eps)
+
+
+def quantize(x: Tensor, block: Block, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """See :func:`fastfp8.quantize`; arguments are checked already."""
+    if x.requires_grad:
+        x = x.detach()
+    data = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
+    scale = empty_scale(x, scale_shape_of(x.shape, block), block)
+    if x.numel():
+        for x_matrix, data_matrix, scale_matrix in as_matrices(block, x, data, scale):
+            _quantize_matrix(x_matrix, data_matrix, scale_matrix, block, pow2, eps)
     return data, scale

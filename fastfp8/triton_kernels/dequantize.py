@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import Block
+from ..layout import Block, as_matrices
 from . import TILES, require_fp8, tile_indices
 
 
@@ -39,25 +39,26 @@ def dequantize_kernel(
 def dequantize(data: Tensor, scale: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
     """See :func:`fastfp8.dequantize`; arguments are checked already."""
     require_fp8("dequantize", data.device)
-    rows, cols = data.shape
-    out = torch.empty((rows, cols), dtype=dtype, device=data.device)
+    out = torch.empty(data.shape, dtype=dtype, device=data.device)
     if data.numel() == 0:
         return out
     tile = TILES[block]
     with torch.cuda.device_of(data):
-        dequantize_kernel[tile.grid(rows, cols)](
-            data,
-            scale,
-            out,
-            rows,
-            cols,
-            *data.stride(),
-            *scale.stride(),
-            BLOCK_ROWS=block[0],
-            BLOCK_COLS=block[1],
-            TILE_ROWS=tile.rows,
-            TILE_COLS=tile.cols,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,
-        )
+        for data_matrix, out_matrix, scale_matrix in as_matrices(block, data, out, scale):
+            rows, cols = data_matrix.shape
+            dequantize_kernel[tile.grid(rows, cols)](
+                data_matrix,
+                scale_matrix,
+                out_matrix,
+                rows,
+                cols,
+                *data_matrix.stride(),
+                *scale_matrix.stride(),
+                BLOCK_ROWS=block[0],
+                BLOCK_COLS=block[1],
+                TILE_ROWS=tile.rows,
+                TILE_COLS=tile.cols,
+                num_warps=tile.num_warps,
+                enable_fp_fusion=False,
+            )
     return out

@@ -19,7 +19,7 @@ from ..layout import BLOCK, Block, ceil_div
 from . import require_fp8
 
 # Row tiles that share their columns of b in the L2 cache.
-_GROUP_M = 8
+GROUP_M = 8
 
 
 class GemmTile(NamedTuple):
@@ -39,6 +39,60 @@ LARGE_M_TILE = GemmTile(128, 128, 8, 3)
 
 def tile_for(m: int) -> GemmTile:
     return SMALL_M_TILE if m <= 64 else LARGE_M_TILE
+
+
+@triton.jit
+def tile_at(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """The tile (row, column) of a program: GROUP_M rows of tiles at a time, column after column."""
+    group_tiles = GROUP_M * tiles_n
+    first_m = program // group_tiles * GROUP_M
+    group_rows = tl.minimum(tiles_m - first_m, GROUP_M)
+    in_group = program % group_tiles
+    return first_m + in_group % group_rows, in_group // group_rows
+
+
+@triton.jit
+def product(
+    a_tile,
+    b_tile,
+    a_factor,
+    b_factor,
+    m_inside,
+    n_inside,
+    K,
+    a_scale_k_stride,
+    b_scale_k_stride,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+):
+    """A tile [TILE_M, TILE_N] of the product in FP32: all of K, as every kernel here must walk it for equal bits.
+
+    Args:
+        a_tile: pointers to the first k-block of codes, [TILE_M, TILE_K]; b_tile likewise, [TILE_K, TILE_N].
+        a_factor: pointers to the scales of that k-block, [TILE_M]; b_factor likewise, [TILE_N].
+        m_inside: which rows to read, [TILE_M]; n_inside likewise, [TILE_N]. The others are never read.
+        SEGMENTS: how many sums of their own, added in ascending order, K is cut into.
+    """
+    k = tl.arange(0, TILE_K)
+    blocks = tl.cdiv(K, TILE_K)
+    total = tl.zeros((TILE_M, TILE_N), tl.float32)
+    for segment in range(SEGMENTS):
+        acc = tl.zeros((TILE_M, TILE_N), tl.float32)
+        for k_block in range(blocks * segment // SEGMENTS, blocks * (segment + 1) // SEGMENTS):
+            k_inside = k < K - k_block * TILE_K
+            a_codes = tl.load(a_tile, mask=m_inside[:, None] & k_inside[None, :], other=0.0)
+            b_codes = tl.load(b_tile, mask=n_inside[None, :] & k_inside[:, None], other=0.0)
+            a_factors = tl.load(a_factor, mask=m_inside, other=0.0)
+            b_factors = tl.load(b_factor, mask=n_inside, other=0.0)
+            acc = tl.fma(a_factors[:, None] * b_factors[None, :], tl.dot(a_codes, b_codes), acc)
+            a_tile += TILE_K
+            b_tile += TILE_K
+            a_factor += a_scale_k_stride
+            b_factor += b_scale_k_stride
+        total = tl.where(segment == 0, acc, total + acc)
+    return total
 
 
 @triton.jit(do_not_specialize=["M", "a_scale_k_stride"])
@@ -66,13 +120,7 @@ def gemm_kernel(
     GROUP_M: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    group_tiles = GROUP_M * tl.cdiv(N, TILE_N)
-    first_m = tl.program_id(0) // group_tiles * GROUP_M
-    group_rows = tl.minimum(tl.cdiv(M, TILE_M) - first_m, GROUP_M)
-    in_group = tl.program_id(0) % group_tiles
-    tile_m = first_m + in_group % group_rows
-    tile_n = in_group // group_rows
-
+    tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N), GROUP_M)
     m = tile_m.to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
     n = tile_n.to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
     k = tl.arange(0, TILE_K)
@@ -82,23 +130,21 @@ def gemm_kernel(
     a_factor = a_scale + m * a_scale_m_stride
     b_factor = b_scale + n // B_BLOCK_ROWS * b_scale_n_stride
 
-    blocks = tl.cdiv(K, TILE_K)
-    total = tl.zeros((TILE_M, TILE_N), tl.float32)
-    for segment in range(SEGMENTS):
-        acc = tl.zeros((TILE_M, TILE_N), tl.float32)
-        for k_block in range(blocks * segment // SEGMENTS, blocks * (segment + 1) // SEGMENTS):
-            k_inside = k < K - k_block * TILE_K
-            a_codes = tl.load(a_tile, mask=m_inside[:, None] & k_inside[None, :], other=0.0)
-            b_codes = tl.load(b_tile, mask=n_inside[None, :] & k_inside[:, None], other=0.0)
-            a_factors = tl.load(a_factor, mask=m_inside, other=0.0)
-            b_factors = tl.load(b_factor, mask=n_inside, other=0.0)
-            acc = tl.fma(a_factors[:, None] * b_factors[None, :], tl.dot(a_codes, b_codes), acc)
-            a_tile += TILE_K
-            b_tile += TILE_K
-            a_factor += a_scale_k_stride
-            b_factor += b_scale_k_stride
-        total = tl.where(segment == 0, acc, total + acc)
-
+    total = product(
+        a_tile,
+        b_tile,
+        a_factor,
+        b_factor,
+        m_inside,
+        n_inside,
+        K,
+        a_scale_k_stride,
+        b_scale_k_stride,
+        TILE_M,
+        TILE_N,
+        TILE_K,
+        SEGMENTS,
+    )
     inside = m_inside[:, None] & n_inside[None, :]
     if c is not None:
         total += tl.load(c + m[:, None] * c_row_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -141,7 +187,7 @@ def gemm(
             TILE_M=tile.m,
             TILE_N=tile.n,
             TILE_K=BLOCK,
-            GROUP_M=_GROUP_M,
+            GROUP_M=GROUP_M,
             SEGMENTS=len(_C.gemm_segments(n, k, b_block)) - 1,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,

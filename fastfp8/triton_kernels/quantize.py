@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import Block, empty_scale, scale_shape
+from ..layout import Block, as_matrices, empty_scale, scale_shape_of
 from ..reference.quantize import AMAX_FLOOR
 from . import TILES, require_fp8, tile_indices
 
@@ -74,29 +74,30 @@ def quantize_kernel(
 def quantize(x: Tensor, block: Block, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.quantize`; arguments are checked already."""
     capability = require_fp8("quantize", x.device)
-    rows, cols = x.shape
-    data = torch.empty((rows, cols), dtype=torch.float8_e4m3fn, device=x.device)
-    scale = empty_scale(x, scale_shape(rows, cols, block), block)
+    data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = empty_scale(x, scale_shape_of(x.shape, block), block)
     if x.numel() == 0:
         return data, scale
     tile = TILES[block]
     with torch.cuda.device_of(x):
-        quantize_kernel[tile.grid(rows, cols)](
-            x,
-            data,
-            scale,
-            rows,
-            cols,
-            *x.stride(),
-            *scale.stride(),
-            max(eps, AMAX_FLOOR),
-            POW2=pow2,
-            STICKY=capability == FP16_CAPABILITY,
-            BLOCK_ROWS=block[0],
-            BLOCK_COLS=block[1],
-            TILE_ROWS=tile.rows,
-            TILE_COLS=tile.cols,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=False,
-        )
+        for x_matrix, data_matrix, scale_matrix in as_matrices(block, x, data, scale):
+            rows, cols = x_matrix.shape
+            quantize_kernel[tile.grid(rows, cols)](
+                x_matrix,
+                data_matrix,
+                scale_matrix,
+                rows,
+                cols,
+                *x_matrix.stride(),
+                *scale_matrix.stride(),
+                max(eps, AMAX_FLOOR),
+                POW2=pow2,
+                STICKY=capability == FP16_CAPABILITY,
+                BLOCK_ROWS=block[0],
+                BLOCK_COLS=block[1],
+                TILE_ROWS=tile.rows,
+                TILE_COLS=tile.cols,
+                num_warps=tile.num_warps,
+                enable_fp_fusion=False,
+            )
     return data, scale

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from backends import assert_same_bits, backend, backend_params, from_numpy
 
 import fastfp8
 from fastfp8 import ScaledTensor
-from fastfp8.layout import empty_scale, scale_shape
+from fastfp8.layout import empty_scale, scale_shape, scale_shape_of
 
 BLOCKS = [(1, 128), (128, 1), (128, 128)]
 SHAPES = [(1, 1), (1, 128), (3, 129), (127, 130), (129, 257), (0, 128), (5, 0)]
@@ -70,6 +72,24 @@ def test_strides(name: str) -> None:
         # has_scale_layout lets any stride pass where an extent is 1
         one = ScaledTensor._trusted(t.data[:1, :1], t.scale.flatten()[::3][:1, None], block)
         assert_same_bits(b.dequantize(one, torch.float32), oracle(one, torch.float32), "one element")
+
+
+@pytest.mark.parametrize("name", backend_params())
+def test_stacks(name: str) -> None:
+    """Each matrix as it would be alone, of stacks that are one launch and of others."""
+    for block, shape in itertools.product(
+        [(1, 128), (128, 128)], [(3, 5, 300), (2, 128, 130), (2, 150, 136), (2, 0, 8)]
+    ):
+        flat = make((shape[0] * 256, shape[2]), block)
+        data = flat.data[: shape[0] * shape[1]].view(shape)
+        matrices, scale_rows, _ = scale_shape_of(shape, block)
+        t = ScaledTensor(data, flat.scale[: matrices * scale_rows].unflatten(0, (matrices, scale_rows)), block)
+        wide = t.data.new_zeros(shape[0], shape[1] + 2, shape[2])
+        apart = ScaledTensor(wide[:, : shape[1]].copy_(t.data), t.scale, block)
+        for out in (backend(name).dequantize(t, torch.float32), backend(name).dequantize(apart, torch.float32)):
+            assert out.is_contiguous()
+            for index, matrix in enumerate(t):
+                assert_same_bits(out[index], oracle(matrix, torch.float32), f"{block}, {shape}, matrix {index}")
 
 
 @pytest.mark.parametrize("name", backend_params())

@@ -139,6 +139,28 @@ def test_strides(name: str, block: tuple[int, int]) -> None:
             assert t.scale.stride() == expected_strides(t.scale.shape, block)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "apart", "transposed", "expanded"])
+@pytest.mark.parametrize("shape", [(3, 5, 300), (2, 128, 130), (2, 150, 136), (0, 5, 8), (3, 0, 8), (3, 5, 0)], ids=str)
+@pytest.mark.parametrize("block", [(1, 128), (128, 128)], ids=str)
+@pytest.mark.parametrize("name", backend_params())
+def test_stacks(name: str, block: tuple[int, int], shape: tuple[int, int, int], layout: str) -> None:
+    """Each matrix as it would be alone, whether that takes one launch or several."""
+    matrices, rows, cols = shape
+    x = as_tensor(make("mixed", (matrices * rows, cols)), torch.bfloat16).view(shape)
+    if layout == "apart":
+        x = torch.full((matrices, rows + 3, cols), math.nan, dtype=x.dtype)[:, :rows].copy_(x)
+    elif layout == "transposed":
+        x = x.mT.contiguous().mT
+    elif layout == "expanded":
+        x = x[:, :1].expand(shape)
+    t = backend(name).quantize(x, block, pow2=True)
+    assert t.data.is_contiguous()
+    for index in range(matrices):
+        codes, scale = oracle(x[index], block, pow2=True)
+        assert_same_bits(t.data[index], codes, f"data of matrix {index}")
+        assert_same_bits(t.scale[index], scale, f"scale of matrix {index}")
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.parametrize("name", backend_params())
 def test_a_nan_or_an_infinity_touches_no_neighbour(name: str, block: tuple[int, int]) -> None:

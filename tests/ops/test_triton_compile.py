@@ -14,15 +14,15 @@ import torch
 triton = pytest.importorskip("triton")
 from recorder import CompiledKernel, Recorder  # noqa: E402
 
-from fastfp8.layout import empty_scale, scale_shape  # noqa: E402
-from fastfp8.triton_kernels import dequantize, gemm, quantize  # noqa: E402
+from fastfp8.layout import empty_scale, scale_shape, scale_shape_of  # noqa: E402
+from fastfp8.triton_kernels import dequantize, gemm, grouped_gemm, quantize  # noqa: E402
 
 BLOCKS = [(1, 128), (128, 1), (128, 128)]
 CAPABILITIES = [89, 90, *(pytest.param(c, marks=pytest.mark.slow) for c in (100, 120))]
 # Bytes of shared memory that a block may have: CUDA programming guide, table of compute capabilities.
 SHARED_MEMORY = {89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
-# Bytes of stack that a thread may get for spilled registers: what gemm's large tile, at the limit of 255 registers,
+# Bytes of stack that a thread may get for spilled registers: what the GEMMs' large tile, at the limit of 255 registers,
 # needs at most under Triton 3.6 to 3.9. All else needs none.
 STACK = {89: 8, 90: 0, 100: 16, 120: 24}
 
@@ -40,6 +40,18 @@ def compile_gemm(monkeypatch: pytest.MonkeyPatch, m: int, b_block: tuple[int, in
         data = torch.zeros(rows, 512, dtype=torch.float8_e4m3fn)
         operands += [data, empty_scale(data, scale_shape(rows, 512, block), block)]
     gemm.gemm(*operands, b_block, torch.bfloat16, torch.zeros(m, 256))
+    return recorder.compile(capability)
+
+
+def compile_grouped(monkeypatch: pytest.MonkeyPatch, op: str, rows: int, capability: int) -> CompiledKernel:
+    """Four groups of ``rows`` rows on average, or at most."""
+    recorder = record(monkeypatch, grouped_gemm, "grouped_gemm_kernel")
+    operands = []
+    for shape, block in (((4 * rows,) if op == "grouped_gemm" else (4, rows), (1, 128)), ((4, 256), (128, 128))):
+        data = torch.zeros(*shape, 512, dtype=torch.float8_e4m3fn)
+        operands += [data, empty_scale(data, scale_shape_of(data.shape, block), block)]
+    words = [torch.zeros(n, dtype=torch.int32) for n in (4, 1)]
+    getattr(grouped_gemm, op)(*operands, *words, torch.bfloat16)
     return recorder.compile(capability)
 
 
@@ -112,6 +124,29 @@ def test_dequantize(monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], cap
 def test_gemm(monkeypatch: pytest.MonkeyPatch, b_block: tuple[int, int], m: int, capability: int) -> None:
     kernel = compile_gemm(monkeypatch, m, b_block, capability)
     check_common(kernel, capability)
+    check_product(kernel, m, capability)
+    # The product of the scales and the sum with c are roundings of their own.
+    assert float_arithmetic(kernel) == {"fma.rn.f32", "mul.rn.f32", "add.rn.f32"}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("m", [16, 256])
+@pytest.mark.parametrize("op", ["grouped_gemm", "masked_grouped_gemm"])
+def test_grouped_gemm(monkeypatch: pytest.MonkeyPatch, op: str, m: int, capability: int) -> None:
+    """The same product as gemm; and one atomic, by which bad offsets or counts are reported."""
+    kernel = compile_grouped(monkeypatch, op, m, capability)
+    check_common(kernel, capability)
+    check_product(kernel, m, capability)
+    assert float_arithmetic(kernel) == {"fma.rn.f32", "mul.rn.f32"}
+    assert [o for o in opcodes(kernel) if o.startswith(("atom.", "red."))] == ["atom.global.gpu.acq_rel.or.b32"]
+
+
+def float_arithmetic(kernel: CompiledKernel) -> set[str]:
+    return {op.replace("x2", "") for op in opcodes(kernel) if re.match(r"(fma|mul|add|sub)\..*f32", op)}
+
+
+def check_product(kernel: CompiledKernel, m: int, capability: int) -> None:
+    """What decides the bits of a product, and that its loads are asynchronous."""
     ops = opcodes(kernel)
     products = {op for op in ops if re.match(r"(wgmma\.mma|mma\.|tcgen05\.mma)", op)}
     # One instruction whatever the tile, for a row's bits must not depend on M.
@@ -125,9 +160,6 @@ def test_gemm(monkeypatch: pytest.MonkeyPatch, b_block: tuple[int, int], m: int,
             120: {"mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"},
         }[capability]
     )
-    # The promotion is an explicit fma, the product of the scales and the sum with c are roundings of their own.
-    arithmetic = {op.replace("x2", "") for op in ops if re.match(r"(fma|mul|add|sub)\..*f32", op)}
-    assert arithmetic == {"fma.rn.f32", "mul.rn.f32", "add.rn.f32"}
     assert [op for op in ops if op.startswith("cp.async")]  # the loads of the next k-blocks are in flight
 
 

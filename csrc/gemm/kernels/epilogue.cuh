@@ -2,7 +2,7 @@
 #pragma once
 #include "../../ptx/cluster.cuh"
 #include "../../ptx/warp.cuh"
-#include "instance.cuh"
+#include "scheduler.cuh"
 
 namespace fastfp8::gemm {
 
@@ -34,14 +34,15 @@ struct Epilogue {
   }
   __device__ __forceinline__ int fragment_column() const { return I::first_column(consumer) + 2 * (lane() % 4); }
 
-  // The tile at (tile_row, tile_column), all of whose K is in acc.
-  __device__ __forceinline__ void store(Acc& acc, int tile_row, int tile_column) const {
-    const int row = tile_row + fragment_row(), column = tile_column + fragment_column();
-    if (args.c != nullptr) add_c(acc, row, column);
+  // A tile all of whose K is in acc.
+  __device__ __forceinline__ void store(Acc& acc, const Tile& tile) const {
+    const int row = tile.row + fragment_row(), column = tile.column + fragment_column();
+    if constexpr (I::kRows == Rows::kAll)
+      if (args.c != nullptr) add_c(acc, row, column);
     if constexpr (I::kOut == DType::kBF16)
-      store_bf16(acc, tile_row + I::first_row(consumer), tile_column + I::first_column(consumer));
+      store_bf16(acc, tile.row + I::first_row(consumer), tile.end, tile.column + I::first_column(consumer));
     else
-      store_f32(acc, row, column);
+      store_f32(acc, row, tile.end, column);
   }
 
   // acc += c, read in the fragment's layout: a quad of lanes reads 8 neighbours of a row.
@@ -62,10 +63,10 @@ struct Epilogue {
 
   // FP32 goes straight to global memory: a quad of lanes writes one whole 32-byte sector, so staging would save
   // nothing.
-  __device__ __forceinline__ void store_f32(const Acc& acc, int row, int column) const {
+  __device__ __forceinline__ void store_f32(const Acc& acc, int row, int end, int column) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (row + 8 * half >= args.m) continue;
+      if (row + 8 * half >= end) continue;
       float* out = static_cast<float*>(args.out) + static_cast<int64_t>(row + 8 * half) * args.n + column;
 #pragma unroll
       for (int j = 0; j < I::kColumns / 8; ++j) {
@@ -77,7 +78,8 @@ struct Epilogue {
 
   // BF16 through shared memory, in panels of one swizzle span: stmatrix writes them without a bank conflict, and one
   // TMA store a panel writes them out and clips at M and N. Each consumer stages and stores its own part of the tile.
-  __device__ __forceinline__ void store_bf16(const Acc& acc, int first_row, int first_column) const {
+  // Where the rows behind a group's last are another's, the warps write theirs themselves.
+  __device__ __forceinline__ void store_bf16(const Acc& acc, int first_row, int end, int first_column) const {
     constexpr int kPanel = out_panel_columns(I::kColumns), kRowBytes = kPanel * 2, kPanelBytes = kWgmmaM * kRowBytes;
     constexpr int kChunks = kRowBytes / 16;  // of 16 bytes; the swizzle permutes them within a row
     const int warp = thread() / 32;
@@ -98,10 +100,15 @@ struct Epilogue {
       ptx::stmatrix_x4(panels + chunk / kChunks * kPanelBytes + swizzled, ptx::bf16x2(v[0], v[1]),
                        ptx::bf16x2(v[2], v[3]), ptx::bf16x2(v[4], v[5]), ptx::bf16x2(v[6], v[7]));
     }
+    if (I::kRows == Rows::kGroups && first_row + kWgmmaM > end) {
+      __syncwarp();  // a warp reads its own sixteen rows only
+      store_rows<kPanel>(panels, first_row, end, first_column);
+      return;
+    }
     ptx::fence_proxy_async_shared();  // by every writer, before the barrier that lets the storer go
     ptx::named_barrier_sync(barrier, 128);
     if (!storer) return;
-    if (first_row < args.m) {
+    if (first_row < end) {
 #pragma unroll
       for (int panel = 0; panel < I::kColumns / kPanel; ++panel) {
         const int column = first_column + panel * kPanel;
@@ -109,6 +116,23 @@ struct Epilogue {
       }
     }
     ptx::bulk_commit_group();
+  }
+
+  // A warp's sixteen rows from the panels, 16 bytes a lane, as far as they are the group's.
+  template <int kPanel>
+  __device__ __forceinline__ void store_rows(const uint8_t* panels, int first_row, int end, int first_column) const {
+    constexpr int kRowBytes = kPanel * 2, kChunks = kRowBytes / 16, kChunksOfRow = I::kColumns * 2 / 16;
+#pragma unroll
+    for (int i = lane(); i < 16 * kChunksOfRow; i += 32) {
+      const int row = thread() / 32 * 16 + i / kChunksOfRow, chunk = i % kChunksOfRow;
+      const int column = first_column + 8 * chunk;
+      if (first_row + row >= end || column >= args.n) continue;
+      const int offset = row * kRowBytes + chunk % kChunks * 16;
+      const int swizzled = offset ^ (offset >> 7 & (kChunks - 1)) << 4;
+      const auto* from = panels + chunk / kChunks * (kWgmmaM * kRowBytes) + swizzled;
+      uint16_t* to = static_cast<uint16_t*>(args.out) + static_cast<int64_t>(first_row + row) * args.n + column;
+      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+    }
   }
 
   // Shared memory must outlive the reads of the last stores.
@@ -119,8 +143,7 @@ struct Epilogue {
 
   // Cluster::kSplit: acc has one segment of K. Each CTA leaves its sums in its shared memory, adds a share of those of
   // all in the order of the segments, and stores that share: pairs of neighbours, as the fragment has them.
-  __device__ __forceinline__ void exchange_and_store(const Acc& acc, int tile_row, int tile_column, int rank,
-                                                     int ranks) {
+  __device__ __forceinline__ void exchange_and_store(const Acc& acc, const Tile& tile, int rank, int ranks) {
     constexpr int kPairs = I::kColumns / 4;
     constexpr int kStride = kConsumers * 128;  // a warp's float2 lie side by side
     static_assert(kPairs % kMaxSplit == 0);
@@ -146,7 +169,7 @@ struct Epilogue {
           sums[0].x = __fadd_rn(sums[0].x, sums[peer].x);
           sums[0].y = __fadd_rn(sums[0].y, sums[peer].y);
         }
-      store_pair(sums[0], tile_row + fragment_row() + pair % 2 * 8, tile_column + fragment_column() + pair / 2 * 8);
+      store_pair(sums[0], tile.row + fragment_row() + pair % 2 * 8, tile.column + fragment_column() + pair / 2 * 8);
     }
     ptx::named_barrier_sync(kTileBarrier, kStride);
     if (first_warp && lane() < ranks) ptx::mbarrier_arrive_remote(shared.drained(), lane());

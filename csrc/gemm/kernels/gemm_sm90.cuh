@@ -1,4 +1,5 @@
-// Dense FP8 GEMM with fine-grained scales for sm_90a: out[M, N] = A[M, K] B[N, K]^T (+ C).
+// FP8 GEMM with fine-grained scales for sm_90a: out[M, N] = A[M, K] B[N, K]^T (+ C), dense or with the rows in groups
+// that have a B each (scheduler.cuh).
 //
 // A persistent CTA walks tiles. One producer warp keeps a ring of stages full, two consumer warpgroups share each tile
 // (TileShape):
@@ -29,6 +30,7 @@
 #include "../../ptx/warp.cuh"
 #include "epilogue.cuh"
 #include "mainloop.cuh"
+#include "scheduler.cuh"
 
 namespace fastfp8::gemm {
 
@@ -39,12 +41,8 @@ struct Kernel {
   const Arguments& args;
   Shared<I> shared;
 
-  // Where a tile begins.
-  struct Tile {
-    int row, column;
-  };
+  using Scheduler = std::conditional_t<I::kRows == Rows::kGroups, GroupedScheduler<I>, DenseScheduler<I>>;
 
-  __device__ __forceinline__ int tiles() const { return args.order.tiles_m * args.order.tiles_n; }
   // CTAs that walk together: a pair takes two tiles at each index, a split one.
   __device__ __forceinline__ static int ranks() {
     if constexpr (I::kCluster == Cluster::kNone) return 1;
@@ -53,11 +51,6 @@ struct Kernel {
   __device__ __forceinline__ static int rank() {
     if constexpr (I::kCluster == Cluster::kNone) return 0;
     return static_cast<int>(ptx::cluster_rank());
-  }
-  __device__ __forceinline__ Tile tile_at(int index) const {
-    const auto tile = args.order.at(index);
-    const int m = I::kCluster == Cluster::kPair ? 2 * tile.m + rank() : tile.m;
-    return {m * I::kTile.m, tile.n * I::kTile.n};
   }
   __device__ __forceinline__ Segments segments() const { return Segments::of(args.n, args.k, I::kScales); }
 
@@ -69,29 +62,32 @@ struct Kernel {
     const int first = kSplit ? segments.first(rank()) : 0;
     const int last = kSplit ? segments.first(rank() + 1) : segments.blocks;
     const int begin = blockIdx.x / ranks(), step = gridDim.x / ranks();
-    if (begin < tiles()) {
-      const int column = tile_at(begin).column + (I::kSharers > 1 ? rank() * kShare : 0);
+    const Scheduler scheduler(args, shared, rank());
+    const int tiles = scheduler.tiles();
+    if (I::kRows == Rows::kAll && begin < tiles) {
+      const int b_row = scheduler.at(begin).b_row + (I::kSharers > 1 ? rank() * kShare : 0);
       for (int block = first; block < last && block < first + I::kPlan.stages; ++block)
-        ptx::tma_prefetch_2d(args.b, block * kTileK, column);
+        ptx::tma_prefetch_2d(args.b, block * kTileK, b_row);
     }
     ptx::wait_for_grids_before();
     Ring<I::kPlan.stages> ring;
-    for (int index = begin; index < tiles(); index += step) {
-      const Tile tile = tile_at(index);
+    for (int index = begin; index < tiles; index += step) {
+      const Tile tile = scheduler.at(index);
+      const int scales_row = tile.row / SharedPlan::kScaleAlignment * SharedPlan::kScaleAlignment;
       for (int block = first; block < last; ++block, ring.advance()) {
         const int stage = ring.stage, k = block * kTileK;
         uint64_t* full = shared.full(stage);
         wait(shared.empty(stage), ring.phase ^ 1);
-        ptx::mbarrier_arrive_expect_tx(full, SharedPlan::stage_bytes(I::kTile, I::kScales));
+        ptx::mbarrier_arrive_expect_tx(full, SharedPlan::stage_bytes(I::kTile, I::kScales, I::kRows));
         ptx::tma_load_2d(shared.a(stage), args.a, full, k, tile.row);
         if constexpr (I::kSharers == 1)
-          ptx::tma_load_2d(shared.b(stage), args.b, full, k, tile.column);
+          ptx::tma_load_2d(shared.b(stage), args.b, full, k, tile.b_row);
         else
           ptx::tma_load_2d_multicast(shared.b(stage) + rank() * kShare * kTileK, args.b, full, k,
-                                     tile.column + rank() * kShare, kAll);
-        ptx::tma_load_2d(shared.a_scale(stage), args.a_scale, full, tile.row, block);
+                                     tile.b_row + rank() * kShare, kAll);
+        ptx::tma_load_2d(shared.a_scale(stage), args.a_scale, full, scales_row, block);
         if constexpr (I::kScales == BScales::kRow)
-          ptx::tma_load_2d(shared.b_scale(stage), args.b_scale, full, tile.column, block);
+          ptx::tma_load_2d(shared.b_scale(stage), args.b_scale, full, tile.b_row, block);
       }
     }
     ptx::let_next_grid_start();
@@ -103,26 +99,28 @@ struct Kernel {
     Mainloop<I> mainloop{shared, consumer, {}};
     Epilogue<I> epilogue{args, shared, consumer};
     ptx::wait_for_grids_before();
-    for (int index = blockIdx.x / ranks(); index < tiles(); index += gridDim.x / ranks()) {
-      const Tile tile = tile_at(index);
+    const Scheduler scheduler(args, shared, rank());
+    const int tiles = scheduler.tiles();
+    for (int index = blockIdx.x / ranks(); index < tiles; index += gridDim.x / ranks()) {
+      const Tile tile = scheduler.at(index);
       const int first = kSplit ? segments.first(rank()) : 0;
       const int last = kSplit ? segments.first(rank() + 1) : segments.blocks;
-      const float* scales = args.b_block_scale + static_cast<int64_t>(tile.column / 128) * segments.blocks + first;
+      const float* scales = args.b_block_scale + static_cast<int64_t>(tile.scale_row) * segments.blocks + first;
       BlockScales block_scales(scales, I::kScales == BScales::kBlock ? last - first : 0, Mainloop<I>::lane());
       Acc acc;
       if constexpr (kSplit) {
-        mainloop.run(acc, block_scales, 0, last - first);
-        epilogue.exchange_and_store(acc, tile.row, tile.column, rank(), ranks());
+        mainloop.run(acc, block_scales, tile.row, 0, last - first);
+        epilogue.exchange_and_store(acc, tile, rank(), ranks());
       } else {
 #pragma unroll 1
         for (int segment = 0; segment < segments.count; ++segment) {
           Acc sum;
-          mainloop.run(sum, block_scales, segments.first(segment), segments.first(segment + 1));
+          mainloop.run(sum, block_scales, tile.row, segments.first(segment), segments.first(segment + 1));
 #pragma unroll
           for (int v = 0; v < I::kColumns / 2; ++v)
             acc.value[v] = segment == 0 ? sum.value[v] : __fadd_rn(acc.value[v], sum.value[v]);
         }
-        epilogue.store(acc, tile.row, tile.column);
+        epilogue.store(acc, tile);
       }
     }
     epilogue.drain();
@@ -145,6 +143,11 @@ struct Kernel {
         ptx::mbarrier_init(shared.drained(), ranks());
       }
       ptx::fence_mbarrier_init();
+    }
+    if constexpr (I::kRows == Rows::kGroups) {
+      // The ends may come from the grid before.
+      ptx::wait_for_grids_before();
+      if (threadIdx.x < 32) Scheduler::set_up(args, shared);
     }
     sync_all();
     // Warp-uniform for the compiler too: setmaxnreg and wgmma must not sit under divergent control flow.
@@ -191,4 +194,21 @@ struct Kernel {
     using namespace fastfp8;                                                                                 \
     using Shape = gemm::Instance<TILE_M, TILE_N, gemm::BScales::SCALES, DType::OUT, gemm::Cluster::CLUSTER>; \
     gemm::Kernel<Shape>{args, {shared}}.run();                                                               \
+  }
+
+// The same of a grouped product (csrc/gemm/plan.cpp).
+#define FASTFP8_GROUPED_GEMM_SM90(NAME, TILE_M, TILE_N, OUT)                                                          \
+  extern "C" __global__ void FASTFP8_CLUSTER_kNone NAME(                                                              \
+      const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,                                   \
+      const __grid_constant__ CUtensorMap a_scale, const __grid_constant__ CUtensorMap out_map,                       \
+      const float* b_block_scale, void* out, const int* ends, int* error, int groups, int group_rows, int m, int n,   \
+      int k, int tiles_n, int band) {                                                                                 \
+    extern __shared__ __align__(1024) uint8_t shared[];                                                               \
+    const fastfp8::gemm::Arguments args{                                                                              \
+        &a, &b, &a_scale, nullptr, &out_map,           b_block_scale, out,    nullptr,    0,                          \
+        0,  m,  n,        k,       {0, tiles_n, band}, ends,          groups, group_rows, error};                     \
+    using namespace fastfp8;                                                                                          \
+    using Shape =                                                                                                     \
+        gemm::Instance<TILE_M, TILE_N, gemm::BScales::kBlock, DType::OUT, gemm::Cluster::kNone, gemm::Rows::kGroups>; \
+    gemm::Kernel<Shape>{args, {shared}}.run();                                                                        \
   }

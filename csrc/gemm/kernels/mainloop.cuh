@@ -62,17 +62,21 @@ struct Mainloop {
   __device__ __forceinline__ static int thread() { return threadIdx.x % 128; }
   __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
 
-  // acc = the sum over k-blocks [first, last) of those that `block_scales` counts from 0.
-  __device__ __forceinline__ void run(Acc& acc, BlockScales& block_scales, int first, int last) {
-    const int fragment_row = I::first_row(consumer) + thread() / 32 * 16 + lane() / 4;
+  // acc = the sum over k-blocks [first, last) of those that `block_scales` counts from 0, for the tile at `row`.
+  __device__ __forceinline__ void run(Acc& acc, BlockScales& block_scales, int row, int first, int last) {
+    const int behind = I::kRows == Rows::kGroups ? row % SharedPlan::kScaleAlignment : 0;
+    const int fragment_row = I::first_row(consumer) + thread() / 32 * 16 + lane() / 4 + behind;
+    // Addresses are in units of 16 bytes in a descriptor's lowest bits, which no carry leaves.
+    const uint64_t a_stage_0 = ptx::wgmma_descriptor_k_major_128b(shared.a(0) + I::first_row(consumer) * kTileK);
+    const uint64_t b_stage_0 = ptx::wgmma_descriptor_k_major_128b(shared.b(0) + I::first_column(consumer) * kTileK);
 #pragma unroll
     for (float& value : acc.value) value = 0.0f;
     for (int block = first; block < last; ++block, ring.advance()) {
       const int stage = ring.stage;
       wait(shared.full(stage), ring.phase);
       Acc partial;
-      const uint64_t a = ptx::wgmma_descriptor_k_major_128b(shared.a(stage) + I::first_row(consumer) * kTileK);
-      const uint64_t b = ptx::wgmma_descriptor_k_major_128b(shared.b(stage) + I::first_column(consumer) * kTileK);
+      const uint64_t a = a_stage_0 + stage * (SharedPlan::a_stage(I::kTile) >> 4);
+      const uint64_t b = b_stage_0 + stage * (SharedPlan::b_stage(I::kTile) >> 4);
       ptx::pin_registers(partial.value);
       ptx::wgmma_fence();
 #pragma unroll

@@ -1,0 +1,72 @@
+"""What a kernel found wrong with data on its device, where to look at it before the launch would be a host sync.
+
+Each device has one int32, its error word, which is 0 or the bits below. A kernel that meets such data computes with
+values brought into range, never touches memory out of bounds, and sets its op's bit; :func:`check` reads and clears.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentValueError, message
+
+# The bit of each op that reports, and how a message goes on: op, argument, what was expected.
+OFFSETS, COUNTS = 1, 2
+_MEANINGS = {
+    OFFSETS: ("grouped_gemm", "offsets", "ends that ascend from 0 to at most T"),
+    COUNTS: ("masked_grouped_gemm", "counts", "counts from 0 to M"),
+}
+
+_words: dict[torch.device, Tensor] = {}
+
+
+def error_word(device: torch.device) -> Tensor | None:
+    """The error word of a CUDA ``device``, int32 [1] and zero when made; None of a meta device, or where none can be.
+
+    That is in the capture of a CUDA graph: a word made there would be cleared by each replay. The CPU has a word that
+    nothing sets, because torch.compile cannot lower an op whose one mutable argument is None (seen in torch 2.13).
+    """
+    word = _words.get(device)
+    if word is None and device.type in ("cpu", "cuda"):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return None
+        word = _words[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return word
+
+
+# A compiled function calls this when it is traced and holds the word as a constant. It is all that
+# torch.compiler.assume_constant_result does, but for the import of Dynamo, which takes seconds.
+error_word._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def check() -> None:
+    """Raise if a kernel has met bad data in device memory since the last call.
+
+    What the host cannot see without waiting for the device is not checked before a launch: offsets of
+    :func:`fastfp8.grouped_gemm` and counts of :func:`fastfp8.masked_grouped_gemm`. On a GPU their kernels bring such
+    values into range and go on; this is where to learn of it. It waits for each device on which such an op has run, so
+    call it once a step, or while looking for a fault, and not while a CUDA graph is captured.
+
+    On a CPU the ops raise at once and this never does. An op with nothing to compute launches nothing and so reports
+    nothing. Launches captured in a CUDA graph report if the op ran on the device before the capture, as a warm-up does.
+
+    Raises:
+        ValueError: naming device, op and argument. The report is cleared, and the process stays usable.
+    """
+    found = []
+    for device, word in _words.items():
+        if device.type != "cuda":
+            continue
+        torch.cuda.synchronize(device)  # all streams: the word is read on the current one
+        bits = int(word.item())
+        if bits:
+            word.zero_()
+            torch.cuda.synchronize(device)  # lest a launch on another stream sets a bit that this still clears
+        found += [
+            message(*_MEANINGS[bit], f"others on {device} since the last check, which were brought into range")
+            for bit in _MEANINGS
+            if bits & bit
+        ]
+    if found:
+        raise ArgumentValueError("; ".join(found))

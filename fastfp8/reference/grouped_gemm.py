@@ -1,0 +1,46 @@
+"""Grouped GEMMs on the CPU: the GEMM of each group in turn."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import value_error
+from ..layout import BLOCK
+from .gemm import gemm
+
+
+def grouped_gemm(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """See :func:`fastfp8.grouped_gemm`; arguments are checked already, but for the values of ``offsets``."""
+    rows, ends = a.shape[0], offsets.tolist()
+    starts = [0, *ends[:-1]]
+    for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        if not start <= end <= rows:
+            expected = f"ends that ascend from 0 to at most T = {rows}"
+            raise value_error("grouped_gemm", "offsets", expected, f"{end} after {start} for group {group}")
+    out = torch.empty((rows, b.shape[1]), dtype=out_dtype)
+    for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        if start < end:
+            left, left_scale = a[start:end], a_scale[start:end]
+            out[start:end] = gemm(left, left_scale, b[group], b_scale[group], (BLOCK, BLOCK), out_dtype, None)
+    return out
+
+
+def masked_grouped_gemm(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, counts: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    """See :func:`fastfp8.masked_grouped_gemm`; arguments are checked already, but for the values of ``counts``."""
+    groups, rows = a.shape[:2]
+    filled = counts.tolist()
+    for group, count in enumerate(filled):
+        if not 0 <= count <= rows:
+            expected = f"counts from 0 to M = {rows}"
+            raise value_error("masked_grouped_gemm", "counts", expected, f"{count} for group {group}")
+    out = torch.empty((groups, rows, b.shape[1]), dtype=out_dtype)
+    for group, count in enumerate(filled):
+        if count:
+            left, left_scale = a[group, :count], a_scale[group, :count]
+            out[group, :count] = gemm(left, left_scale, b[group], b_scale[group], (BLOCK, BLOCK), out_dtype, None)
+    return out
