@@ -10,6 +10,7 @@ SAMPLES = 21
 FAMILIES = {
     "ceilings": "what the machine can do: copy bandwidth, tensor-core rates, launch latency",
     "gemm": "fastfp8.gemm beside cuBLASLt's block scaling, DeepGEMM, Triton and BF16",
+    "grouped": "fastfp8.grouped_gemm and masked_grouped_gemm beside BF16 and a product a group",
     "quantize": "fastfp8.quantize and dequantize beside a copy and torch.compile",
     "comm": "token exchange between ranks",
     "cpu": "the CPU ops beside torch, the cost of a call and of the import",

@@ -32,7 +32,7 @@ from .rows import RESULTS, Environment, NotRun, Row, Run
 #: For saying which machine this is. A driver that hangs here would hang everywhere.
 PROBE_SECONDS = 60.0
 UNKNOWN = "unknown"
-GPU_FAMILIES = ("ceilings", "gemm", "quantize", "comm")
+GPU_FAMILIES = ("ceilings", "gemm", "grouped", "quantize", "comm")
 
 # With as many compilers as there are cores; the tests' sessions, which run beside other things, use two.
 _BUILD_EMULATOR = """
@@ -110,7 +110,16 @@ class Shift:
             self.tests(checks.SILICON, 14, 0.16),
             Stage("compute-sanitizer", 10, self.sanitize, self.missing("tests", "compute-sanitizer"), 0.12),
         ]
-        weights = {"ceilings": 4, "gemm": 22, "quantize": 9, "comm": 3, "cpu": 5, "static": 4, "emulator": 4}
+        weights = {
+            "ceilings": 4,
+            "gemm": 20,
+            "grouped": 8,
+            "quantize": 9,
+            "comm": 3,
+            "cpu": 5,
+            "static": 4,
+            "emulator": 4,
+        }
         return [*tests, *(self.family(f, weight) for f, weight in weights.items()), *self.last_stages()]
 
     def without_gpu(self) -> list[Stage]:

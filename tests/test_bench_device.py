@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastfp8
-from bench import ceilings, device, family, gemm, peers, quantize
+from bench import ceilings, device, family, gemm, grouped, peers, quantize
 from bench.case import Case, Ceilings, Contestant, Session, Subject, Unavailable
 from bench.rows import Row
 from fastfp8 import ScaledTensor
@@ -236,7 +236,7 @@ def test_ceilings_family(on_cpu: None, tmp_path: Any) -> None:
 
 
 def test_without_a_gpu_nothing_is_measured() -> None:
-    for module in (gemm, quantize, ceilings):
+    for module in (gemm, grouped, quantize, ceilings):
         for work in module.works(True):
             with pytest.raises(Unavailable, match="no GPU"):
                 work.measure(Session(3, True))
@@ -276,3 +276,35 @@ def test_telemetry() -> None:
     pretended = Pretended()
     pretended.telemetry = device.Nvml(FakeNvml(), None)  # type: ignore[assignment]
     assert case.measure(Session(3, timers={"gpu": device.DeviceTimer(pretended)}))[0].power_w == 690.0
+
+
+def test_grouped_family(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unaligned, empty and masked groups; a wrong row is seen, one that is in no group is not looked at."""
+    monkeypatch.setattr(grouped, "sm90a", lambda: False)
+    rows = [row for work in grouped.works(True) for row in work.measure(session())]
+    assert [r.backend for r in rows] == [
+        *("fastfp8 Triton", "gemm a group", "BF16 grouped_mm"),
+        *("fastfp8 Triton", "gemm a group"),
+    ]
+    blocks, n, k = 2, 128, 256
+    moved = 75 * (k + 4 * blocks + 2 * n) + 3 * (n * k + 4 * blocks)
+    assert rows[0].intensity == pytest.approx(2 * 75 * n * k / moved)
+    assert "without BF16 grouped_mm: torch has none" in (rows[3].note or "")
+    right = fastfp8.masked_grouped_gemm
+
+    def wrong(a: ScaledTensor, b: ScaledTensor, counts: Tensor) -> Tensor:
+        out = right(a, b, counts)
+        out[2, 6] = 0
+        return out
+
+    monkeypatch.setattr(fastfp8, "masked_grouped_gemm", wrong)
+    with pytest.raises(AssertionError, match="fastfp8 Triton: differs"):
+        grouped.works(True)[1].measure(session())
+
+
+def test_sizes_of_groups_are_of_the_average() -> None:
+    for groups, average, *_ in (*grouped.CONTIGUOUS, *grouped.MASKED):
+        found = grouped.sizes(groups, average)
+        assert len(found) == groups
+        assert all(0.69 * average < size < 1.31 * average for size in found)
+        assert len(set(found)) > groups // 2
