@@ -63,8 +63,19 @@ def versions() -> dict[str, str]:
 
 
 def driver_version() -> str | None:
-    """What libcuda says it supports: 13000 is CUDA 13.0. None without a driver."""
-    return None if _C.driver_unusable_reason() else str(_C.driver_version())
+    """As nvidia-smi prints it; without nvidia-ml-py the CUDA version that it supports. None without a driver."""
+    if _C.driver_unusable_reason():
+        return None
+    supports = f"for CUDA {_C.driver_version() // 1000}.{_C.driver_version() % 1000 // 10}"
+    try:
+        import pynvml
+    except ImportError:
+        return supports
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return supports
 
 
 def cpu_model() -> str:

@@ -184,7 +184,10 @@ class Run:
     def lines(self) -> list[str]:
         """The lines of ``results.jsonl``."""
         where = dataclasses.asdict(self.environment)
-        records = [_record("environment", where), *(_record("row", {**_row_dict(r), **where}) for r in self.rows)]
+        records = [
+            _record("environment", where),
+            *(_record("row", {**_row_dict(r), "share": r.share, **where}) for r in self.rows),
+        ]
         records += [_record("not_run", dataclasses.asdict(n)) for n in self.not_run]
         records += [_record("suite", dataclasses.asdict(s)) for s in self.suites]
         return records

@@ -390,3 +390,35 @@ def test_environment_is_told(fake: Any, capsys: pytest.CaptureFixture[str]) -> N
     assert where["threads"] >= 1
     assert where["machine"]
     assert where["cpu"]
+
+
+def test_the_drivers_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By NVML, or else what libcuda says it supports; None where there is no driver."""
+
+    class Nvml:
+        NVMLError = OSError
+
+        def __init__(self, works: bool) -> None:
+            self.works = works
+
+        def nvmlInit(self) -> None:
+            if not self.works:
+                raise OSError("no library")
+
+        def nvmlSystemGetDriverVersion(self) -> str:
+            return "580.1.2"
+
+    monkeypatch.setattr(machine._C, "driver_unusable_reason", lambda: "")
+    monkeypatch.setattr(machine._C, "driver_version", lambda: 13020)
+    for module, expected in ((Nvml(True), "580.1.2"), (Nvml(False), "for CUDA 13.2"), (None, "for CUDA 13.2")):
+        monkeypatch.setitem(sys.modules, "pynvml", module)
+        assert machine.driver_version() == expected
+    monkeypatch.setattr(machine._C, "driver_unusable_reason", lambda: "no driver")
+    assert machine.driver_version() is None
+
+
+def test_a_line_of_results_has_its_share_of_the_ceiling() -> None:
+    where = Environment("m", "2026-01-01T00:00:00Z", "abc", "cpu", 2, 0.0)
+    timed = Row("gemm", "gemm", "1x1x1", "fastfp8", "gpu", "us", 4.0, 4.0, 4.0, floor=3.0)
+    found = [json.loads(line) for line in Run(where, [timed]).lines()]
+    assert [record["share"] for record in found if record["record"] == "row"] == [0.75]

@@ -147,91 +147,53 @@ def _check(
             raise value_error(op, "error", "shape (1,)", f"shape {tuple(error.shape)}")
 
 
-@torch.library.impl("fastfp8::grouped_gemm", "CPU")
-@torch.no_grad()
-def _cpu(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offsets: Tensor,
-    error: Tensor | None,
-    out_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    _check(_GROUPED, a, a_scale, b, b_scale, offsets, error, out_dtype)
-    return reference.grouped_gemm(a, a_scale, b, b_scale, offsets, out_dtype)
+def _register(op: str) -> None:
+    """The CPU, Triton and fake implementations of an op: the two differ in the shape of ``a`` and in what sizes say."""
+
+    @torch.library.impl(f"fastfp8::{op}", "CPU")
+    @torch.no_grad()
+    def cpu(
+        a: Tensor,
+        a_scale: Tensor,
+        b: Tensor,
+        b_scale: Tensor,
+        sizes: Tensor,
+        error: Tensor | None,
+        out_dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        _check(op, a, a_scale, b, b_scale, sizes, error, out_dtype)
+        out: Tensor = getattr(reference, op)(a, a_scale, b, b_scale, sizes, out_dtype)
+        return out
+
+    @torch.library.impl(f"fastfp8::_{op}_triton", "CUDA")
+    @torch.no_grad()
+    def triton(
+        a: Tensor,
+        a_scale: Tensor,
+        b: Tensor,
+        b_scale: Tensor,
+        sizes: Tensor,
+        error: Tensor | None,
+        out_dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        from ..triton_kernels import grouped_gemm as kernels
+
+        out: Tensor = getattr(kernels, op)(a, a_scale, b, b_scale, sizes, error, out_dtype)
+        return out
+
+    @torch.library.register_fake(f"fastfp8::{op}")
+    def fake(
+        a: Tensor,
+        a_scale: Tensor,
+        b: Tensor,
+        b_scale: Tensor,
+        sizes: Tensor,
+        error: Tensor | None,
+        out_dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        _check(op, a, a_scale, b, b_scale, sizes, error, out_dtype)
+        return torch.empty((*a.shape[:-1], b.shape[1]), dtype=out_dtype, device=a.device)
 
 
-@torch.library.impl("fastfp8::masked_grouped_gemm", "CPU")
-@torch.no_grad()
-def _masked_cpu(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    counts: Tensor,
-    error: Tensor | None,
-    out_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    _check(_MASKED, a, a_scale, b, b_scale, counts, error, out_dtype)
-    return reference.masked_grouped_gemm(a, a_scale, b, b_scale, counts, out_dtype)
-
-
-@torch.library.impl("fastfp8::_grouped_gemm_triton", "CUDA")
-@torch.no_grad()
-def _triton(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offsets: Tensor,
-    error: Tensor | None,
-    out_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    from ..triton_kernels.grouped_gemm import grouped_gemm as triton_grouped_gemm
-
-    return triton_grouped_gemm(a, a_scale, b, b_scale, offsets, error, out_dtype)
-
-
-@torch.library.impl("fastfp8::_masked_grouped_gemm_triton", "CUDA")
-@torch.no_grad()
-def _masked_triton(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    counts: Tensor,
-    error: Tensor | None,
-    out_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    from ..triton_kernels.grouped_gemm import masked_grouped_gemm as triton_masked_grouped_gemm
-
-    return triton_masked_grouped_gemm(a, a_scale, b, b_scale, counts, error, out_dtype)
-
-
-@torch.library.register_fake("fastfp8::grouped_gemm")
-def _fake(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    offsets: Tensor,
-    error: Tensor | None,
-    out_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    _check(_GROUPED, a, a_scale, b, b_scale, offsets, error, out_dtype)
-    return torch.empty((a.shape[0], b.shape[1]), dtype=out_dtype, device=a.device)
-
-
-@torch.library.register_fake("fastfp8::masked_grouped_gemm")
-def _masked_fake(
-    a: Tensor,
-    a_scale: Tensor,
-    b: Tensor,
-    b_scale: Tensor,
-    counts: Tensor,
-    error: Tensor | None,
-    out_dtype: torch.dtype = torch.bfloat16,
-) -> Tensor:
-    _check(_MASKED, a, a_scale, b, b_scale, counts, error, out_dtype)
-    return torch.empty((a.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype, device=a.device)
+for _op in (_GROUPED, _MASKED):
+    _register(_op)

@@ -91,11 +91,11 @@ def test_random_sizes(name: str, seed: int) -> None:
     check_masked(backend(name), *masked_operands(7, 90, n, k, seed), counts, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", backend_params(BACKENDS))
+@pytest.mark.parametrize("name", backend_params([n for n in BACKENDS if n not in ("reference", "cuda_triton")]))
 def test_bits(name: str) -> None:
     """Against a model that shares no code: an exact tensor core in the interpreter, Hopper's on the emulator."""
-    if name in ("reference", "cuda_triton") or (name == "cuda" and NO_HOPPER):
-        pytest.skip("has no bits of its own to promise")
+    if name == "cuda" and NO_HOPPER:
+        pytest.skip("this GPU is not sm_90, which alone has the accumulator that is modelled")
     sizes = (65, 0, 3, 20)
     a, b = operands(sizes, 136, 400, seed=5)
     out = backend(name).grouped_gemm(a, b, ends_of(sizes), out_dtype=torch.float32)
