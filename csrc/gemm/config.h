@@ -22,10 +22,16 @@ enum class BScales : uint8_t { kBlock, kRow };
 
 // One kernel instance. A tile of 128 rows gives each consumer 64 rows and all columns; one of 64 rows, for small M,
 // gives both all rows and half of the columns each, so that there too one promotes under the other's wgmma.
+//
+// A consumer takes its columns in passes of at most 128, one after the other through the same 64 registers of partial
+// sums: with 256 columns, 128 registers of sums, 64 of partial sums and the rest fit into kConsumerRegisters.
 struct TileShape {
   int m, n;
 
   constexpr int consumer_columns() const { return m == kWgmmaM ? n / kConsumers : n; }
+  constexpr int pass_columns() const { return consumer_columns() < kMaxPass ? consumer_columns() : kMaxPass; }
+  constexpr int passes() const { return consumer_columns() / pass_columns(); }
+  static constexpr int kMaxPass = 128;  // as many columns as one row of B's block scales serves
   constexpr int first_row(int consumer) const { return m == kWgmmaM ? 0 : consumer * kWgmmaM; }
   constexpr int first_column(int consumer) const { return m == kWgmmaM ? consumer * consumer_columns() : 0; }
 };
@@ -42,15 +48,15 @@ constexpr int kBadEnds = 1, kBadCounts = 2;  // bits of the error word (fastfp8/
 
 // K is cut into segments whose sums are added in ascending order: that is part of an output's value, so it depends on N
 // and K alone, never on M or the GPU. Whether the CTAs of a cluster take a segment each or one CTA takes them all is
-// the config's choice and changes no bit. More than one segment pays where the tiles of a small M would leave most of
-// kSegmentSms idle.
+// the config's choice and changes no bit. Segments pay where the tiles of a small M would leave most of kSegmentSms
+// idle; half of them can still ask for all that HBM gives, so less than kFewest segments are none.
 struct Segments {
   int blocks, count;  // k-blocks in all, and a power of two
 
   // The first k-block of a segment, for segment = count that of the end.
   constexpr int first(int segment) const { return static_cast<int>(static_cast<int64_t>(blocks) * segment / count); }
 
-  static constexpr int kSegmentSms = 132, kTileN = 64, kMinBlocks = 4;
+  static constexpr int kSegmentSms = 132, kTileN = 64, kMinBlocks = 4, kFewest = 4;
 
   static constexpr Segments of(int n, int k, BScales scales) {
     const int blocks = (k + kTileK - 1) / kTileK, tiles = (n + kTileN - 1) / kTileN;
@@ -58,9 +64,15 @@ struct Segments {
     while (scales == BScales::kBlock && 2 * count <= kMaxSplit && 2 * count * tiles <= kSegmentSms &&
            2 * count * kMinBlocks <= blocks)
       count *= 2;
-    return {blocks, count};
+    return {blocks, count < kFewest ? 1 : count};
   }
 };
+
+// Rows of B in one TMA load of a CTA, of which `sharers` load for each other: never more than one pass has.
+constexpr int b_box_rows(TileShape tile, int sharers) {
+  const int rows = tile.n / sharers;
+  return rows < TileShape::kMaxPass ? rows : TileShape::kMaxPass;
+}
 
 // Columns of BF16 output in one TMA store: a row of the box is one swizzle span of 64 or 128 bytes.
 constexpr int out_panel_columns(int consumer_columns) { return consumer_columns < 64 ? consumer_columns : 64; }

@@ -23,22 +23,35 @@ struct Instance {
       FASTFP8_INSTANCE(SCALES, OUT, STEM, 128, 64, kNone, ""),                                                     \
       FASTFP8_INSTANCE(SCALES, OUT, STEM, 128, 128, kNone, ""),                                                    \
       FASTFP8_INSTANCE(SCALES, OUT, STEM, 128, 128, kPair, "_pair")
-#define FASTFP8_GROUPED(OUT, STEM, M, N) \
-  {Rows::kGroups, BScales::kBlock, DType::OUT, {M, N}, Cluster::kNone, "gemm_" STEM, "gemm_sm90_" STEM "_" #M "x" #N}
+#define FASTFP8_WIDE(OUT, STEM)                                  \
+  FASTFP8_INSTANCE(kBlock, OUT, STEM, 64, 64, kSplit, "_split"), \
+      FASTFP8_INSTANCE(kBlock, OUT, STEM, 128, 256, kNone, ""),  \
+      FASTFP8_INSTANCE(kBlock, OUT, STEM, 128, 256, kPair, "_pair")
+#define FASTFP8_GROUPED(OUT, STEM, M, N, KIND, SUFFIX) \
+  {Rows::kGroups,                                      \
+   BScales::kBlock,                                    \
+   DType::OUT,                                         \
+   {M, N},                                             \
+   Cluster::KIND,                                      \
+   "gemm_" STEM,                                       \
+   "gemm_sm90_" STEM "_" #M "x" #N SUFFIX}
+#define FASTFP8_GROUPS(OUT, STEM)                                                                  \
+  FASTFP8_GROUPED(OUT, STEM, 64, 128, kNone, ""), FASTFP8_GROUPED(OUT, STEM, 128, 128, kNone, ""), \
+      FASTFP8_GROUPED(OUT, STEM, 128, 256, kNone, ""), FASTFP8_GROUPED(OUT, STEM, 128, 256, kPair, "_pair")
 constexpr Instance kInstances[] = {
     FASTFP8_INSTANCES(kBlock, kBF16, "block_bf16"),
     FASTFP8_INSTANCES(kBlock, kF32, "block_f32"),
     FASTFP8_INSTANCES(kRow, kBF16, "row_bf16"),
     FASTFP8_INSTANCES(kRow, kF32, "row_f32"),
-    FASTFP8_GROUPED(kBF16, "grouped_bf16", 64, 128),
-    FASTFP8_GROUPED(kBF16, "grouped_bf16", 128, 128),
-    FASTFP8_GROUPED(kF32, "grouped_f32", 64, 128),
-    FASTFP8_GROUPED(kF32, "grouped_f32", 128, 128),
-    FASTFP8_INSTANCE(kBlock, kBF16, "block_bf16", 64, 64, kSplit, "_split"),
-    FASTFP8_INSTANCE(kBlock, kF32, "block_f32", 64, 64, kSplit, "_split"),
+    FASTFP8_WIDE(kBF16, "block_bf16"),
+    FASTFP8_WIDE(kF32, "block_f32"),
+    FASTFP8_GROUPS(kBF16, "grouped_bf16"),
+    FASTFP8_GROUPS(kF32, "grouped_f32"),
 };
 #undef FASTFP8_INSTANCES
 #undef FASTFP8_INSTANCE
+#undef FASTFP8_WIDE
+#undef FASTFP8_GROUPS
 #undef FASTFP8_GROUPED
 
 const Instance& find_instance(const GemmProblem& problem, const GemmConfig& config) {
@@ -86,7 +99,7 @@ LaunchPlan begin_plan(const GemmProblem& problem, const GemmConfig& config) {
   if (problem.m == 0 || problem.n == 0 || problem.k == 0)
     throw std::logic_error("nothing to launch for " + problem.str());
   const Instance& instance = find_instance(problem, config);
-  const int b_rows = config.tile.n / (config.kind == Cluster::kPair ? 2 : 1);
+  const int b_rows = b_box_rows(config.tile, config.kind == Cluster::kPair ? 2 : 1);
   LaunchPlan plan{};
   plan.module = instance.module, plan.kernel = instance.kernel;
   plan.grid = {config.grid, 1, 1}, plan.block = {kThreads, 1, 1}, plan.cluster = {config.cluster, 1, 1};

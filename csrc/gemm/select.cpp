@@ -44,18 +44,18 @@ int rows_of_group(const GemmProblem& problem) {
 
 Cost cost_of(const GemmProblem& problem, const GemmConfig& config) {
   const Machine& machine = *problem.machine;
-  const int columns = config.tile.consumer_columns();
+  const int columns = config.tile.pass_columns(), passes = config.tile.passes();
   const double rows_a = std::min(rows_of_group(problem), config.tile.m);  // rows past M are filled, not read
   const bool split = config.kind == Cluster::kSplit, pair = config.kind == Cluster::kPair;
   Cost cost{};
-  // A wgmma of 64 x columns x 32 takes the tensor core's time or that of reading A and B, of 64 and `columns` rows.
+  // A pass's wgmma takes the tensor core's time or that of reading A and B, of 64 and `columns` rows.
   const double wgmma =
       std::max(2.0 * kWgmmaM * columns * 32 / machine.tensor_flops, (kWgmmaM + columns) * 32 / kOperandBytes);
   const double own = kTileK / 32 * wgmma;
   const double products = problem.b_scales == BScales::kRow ? 2.0 : 1.0;  // FMUL and FFMA, or FFMA
   const double promotion = products * kWgmmaM * columns / kFp32PerClock;
-  cost.tensor = kConsumers * own;
-  cost.consumer = own + promotion + kConsumerOverhead;
+  cost.tensor = kConsumers * passes * own;
+  cost.consumer = passes * (own + promotion + kConsumerOverhead);
   cost.from_l2 = (rows_a + config.tile.n / (pair ? 2.0 : 1.0)) * kTileK * config.grid / machine.l2_bytes;
   cost.into_sm = (rows_a + config.tile.n) * kTileK / machine.sm_bytes;
   cost.latency = machine.latency / config.stages;
@@ -98,7 +98,8 @@ std::string reason_against(const GemmProblem& problem, const GemmConfig& config)
       config.tile.n >= 2 * round_up(problem.n, kNarrowest))
     return "at least half of each tile lies past N";
   if (config.tile.m > kWgmmaM && rows_of_group(problem) <= kWgmmaM) return "half of each tile lies past M";
-  if (config.kind == Cluster::kPair && problem.m <= config.tile.m) return "half of each pair lies past M";
+  if (config.kind == Cluster::kPair && rows_of_group(problem) <= config.tile.m) return "half of each pair lies past M";
+  if (config.tile.passes() > 1 && config.segments.count > 1) return "no registers for the sums of two segments of K";
   return "";
 }
 
@@ -112,12 +113,16 @@ std::vector<Candidate> candidates(const GemmProblem& problem) {
     all.push_back({config, reason_against(problem, config)});
   };
   if (problem.groups) {
-    for (TileShape tile : {TileShape{64, 128}, TileShape{128, 128}}) add(tile, Cluster::kNone);
+    for (TileShape tile : {TileShape{64, 128}, TileShape{128, 128}, TileShape{128, 256}}) add(tile, Cluster::kNone);
+    add({128, 256}, Cluster::kPair);
     return all;
   }
   for (TileShape tile : kShapes) add(tile, Cluster::kNone);
   add({128, 128}, Cluster::kPair);
-  if (problem.b_scales == BScales::kBlock) add({64, 64}, Cluster::kSplit);
+  if (problem.b_scales == BScales::kRow) return all;
+  add({64, 64}, Cluster::kSplit);
+  add({128, 256}, Cluster::kNone);
+  add({128, 256}, Cluster::kPair);
   return all;
 }
 

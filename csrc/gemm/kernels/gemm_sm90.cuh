@@ -43,48 +43,54 @@ struct Kernel {
 
   using Scheduler = std::conditional_t<I::kRows == Rows::kGroups, GroupedScheduler<I>, DenseScheduler<I>>;
 
-  // CTAs that walk together: a pair takes two tiles at each index, a split one.
-  __device__ __forceinline__ static int ranks() {
-    if constexpr (I::kCluster == Cluster::kNone) return 1;
-    return static_cast<int>(ptx::cluster_size());
+  __device__ __forceinline__ static int rank() { return cluster_rank<I>(); }
+  __device__ __forceinline__ static int ranks() { return cluster_size<I>(); }
+
+  // The k-blocks of a tile that this CTA takes, counted from the tile's first.
+  __device__ __forceinline__ static int first_block(const Tile& tile) {
+    return kSplit ? tile.segments.first(rank()) : 0;
   }
-  __device__ __forceinline__ static int rank() {
-    if constexpr (I::kCluster == Cluster::kNone) return 0;
-    return static_cast<int>(ptx::cluster_rank());
+  __device__ __forceinline__ static int last_block(const Tile& tile) {
+    return kSplit ? tile.segments.first(rank() + 1) : tile.segments.blocks;
   }
-  __device__ __forceinline__ Segments segments() const { return Segments::of(args.n, args.k, I::kScales); }
+
+  // The boxes of B's rows that this CTA loads, and where one lies in a stage and in B.
+  __device__ __forceinline__ static int first_box() { return I::kSharers > 1 ? rank() * I::kBoxes : 0; }
+  __device__ __forceinline__ static int b_row(const Tile& tile, int box) { return tile.b_row + box * I::kBoxRows; }
 
   // One elected thread.
   __device__ __forceinline__ void produce() const {
-    constexpr int kShare = I::kTile.n / I::kSharers;  // rows of B that this CTA loads
     constexpr uint16_t kAll = (1 << I::kSharers) - 1;
-    const Segments segments = this->segments();
-    const int first = kSplit ? segments.first(rank()) : 0;
-    const int last = kSplit ? segments.first(rank() + 1) : segments.blocks;
-    const int begin = blockIdx.x / ranks(), step = gridDim.x / ranks();
-    const Scheduler scheduler(args, shared, rank());
+    const int begin = blockIdx.x / ranks(), step = gridDim.x / ranks(), box_0 = first_box();
+    const Scheduler scheduler(args, shared);
     const int tiles = scheduler.tiles();
     if (I::kRows == Rows::kAll && begin < tiles) {
-      const int b_row = scheduler.at(begin).b_row + (I::kSharers > 1 ? rank() * kShare : 0);
-      for (int block = first; block < last && block < first + I::kPlan.stages; ++block)
-        ptx::tma_prefetch_2d(args.b, block * kTileK, b_row);
+      const Tile tile = scheduler.at(begin);
+      const int first = first_block(tile), last = min(last_block(tile), first + I::kPlan.stages);
+      for (int block = first; block < last; ++block)
+#pragma unroll
+        for (int i = 0; i < I::kBoxes; ++i) ptx::tma_prefetch_2d(args.b, block * kTileK, b_row(tile, box_0 + i));
     }
     ptx::wait_for_grids_before();
     Ring<I::kPlan.stages> ring;
     for (int index = begin; index < tiles; index += step) {
       const Tile tile = scheduler.at(index);
-      const int scales_row = tile.row / SharedPlan::kScaleAlignment * SharedPlan::kScaleAlignment;
-      for (int block = first; block < last; ++block, ring.advance()) {
+      const int scales_row = tile.a_row / SharedPlan::kScaleAlignment * SharedPlan::kScaleAlignment;
+      const int last = tile.first_block + last_block(tile);
+      for (int block = tile.first_block + first_block(tile); block < last; ++block, ring.advance()) {
         const int stage = ring.stage, k = block * kTileK;
         uint64_t* full = shared.full(stage);
         wait(shared.empty(stage), ring.phase ^ 1);
         ptx::mbarrier_arrive_expect_tx(full, SharedPlan::stage_bytes(I::kTile, I::kScales, I::kRows));
-        ptx::tma_load_2d(shared.a(stage), args.a, full, k, tile.row);
-        if constexpr (I::kSharers == 1)
-          ptx::tma_load_2d(shared.b(stage), args.b, full, k, tile.b_row);
-        else
-          ptx::tma_load_2d_multicast(shared.b(stage) + rank() * kShare * kTileK, args.b, full, k,
-                                     tile.b_row + rank() * kShare, kAll);
+        ptx::tma_load_2d(shared.a(stage), args.a, full, k, tile.a_row);
+#pragma unroll
+        for (int box = box_0; box < box_0 + I::kBoxes; ++box) {
+          uint8_t* rows = shared.b(stage) + box * (I::kBoxRows * kTileK);
+          if constexpr (I::kSharers == 1)
+            ptx::tma_load_2d(rows, args.b, full, k, b_row(tile, box));
+          else
+            ptx::tma_load_2d_multicast(rows, args.b, full, k, b_row(tile, box), kAll);
+        }
         ptx::tma_load_2d(shared.a_scale(stage), args.a_scale, full, scales_row, block);
         if constexpr (I::kScales == BScales::kRow)
           ptx::tma_load_2d(shared.b_scale(stage), args.b_scale, full, tile.b_row, block);
@@ -95,27 +101,27 @@ struct Kernel {
 
   __device__ __forceinline__ void consume(int consumer) const {
     using Acc = Fragment<I::kColumns>;
-    const Segments segments = this->segments();
     Mainloop<I> mainloop{shared, consumer, {}};
     Epilogue<I> epilogue{args, shared, consumer};
     ptx::wait_for_grids_before();
-    const Scheduler scheduler(args, shared, rank());
+    const Scheduler scheduler(args, shared);
     const int tiles = scheduler.tiles();
     for (int index = blockIdx.x / ranks(); index < tiles; index += gridDim.x / ranks()) {
       const Tile tile = scheduler.at(index);
-      const int first = kSplit ? segments.first(rank()) : 0;
-      const int last = kSplit ? segments.first(rank() + 1) : segments.blocks;
-      const float* scales = args.b_block_scale + static_cast<int64_t>(tile.scale_row) * segments.blocks + first;
-      BlockScales block_scales(scales, I::kScales == BScales::kBlock ? last - first : 0, Mainloop<I>::lane());
+      const int first = first_block(tile), blocks = last_block(tile) - first;
+      BlockScales<I::kPasses> block_scales = this->block_scales(tile, first, blocks);
       Acc acc;
       if constexpr (kSplit) {
-        mainloop.run(acc, block_scales, tile.row, 0, last - first);
+        mainloop.run(acc, block_scales, tile.a_row, 0, blocks);
         epilogue.exchange_and_store(acc, tile, rank(), ranks());
+      } else if constexpr (I::kPasses > 1) {  // its sums of two segments would not fit: the planner gives it one
+        mainloop.run(acc, block_scales, tile.a_row, 0, blocks);
+        epilogue.store(acc, tile);
       } else {
 #pragma unroll 1
-        for (int segment = 0; segment < segments.count; ++segment) {
+        for (int segment = 0; segment < tile.segments.count; ++segment) {
           Acc sum;
-          mainloop.run(sum, block_scales, tile.row, segments.first(segment), segments.first(segment + 1));
+          mainloop.run(sum, block_scales, tile.a_row, tile.segments.first(segment), tile.segments.first(segment + 1));
 #pragma unroll
           for (int v = 0; v < I::kColumns / 2; ++v)
             acc.value[v] = segment == 0 ? sum.value[v] : __fadd_rn(acc.value[v], sum.value[v]);
@@ -124,6 +130,13 @@ struct Kernel {
       }
     }
     epilogue.drain();
+  }
+
+  // The block scales of a tile. A pass past N has none of its own and takes the first one's: nothing of it is stored.
+  __device__ __forceinline__ BlockScales<I::kPasses> block_scales(const Tile& tile, int first, int blocks) const {
+    const float* row = args.b_block_scale + static_cast<int64_t>(tile.scale_row) * tile.segments.blocks + first;
+    const bool inside = tile.column + I::kPassColumns < args.n;
+    return {row, inside ? tile.segments.blocks : 0, I::kScales == BScales::kBlock ? blocks : 0, Mainloop<I>::lane()};
   }
 
   __device__ __forceinline__ void run() const {
@@ -197,18 +210,18 @@ struct Kernel {
   }
 
 // The same of a grouped product (csrc/gemm/plan.cpp).
-#define FASTFP8_GROUPED_GEMM_SM90(NAME, TILE_M, TILE_N, OUT)                                                          \
-  extern "C" __global__ void FASTFP8_CLUSTER_kNone NAME(                                                              \
-      const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,                                   \
-      const __grid_constant__ CUtensorMap a_scale, const __grid_constant__ CUtensorMap out_map,                       \
-      const float* b_block_scale, void* out, const int* ends, int* error, int groups, int group_rows, int m, int n,   \
-      int k, int tiles_n, int band) {                                                                                 \
-    extern __shared__ __align__(1024) uint8_t shared[];                                                               \
-    const fastfp8::gemm::Arguments args{                                                                              \
-        &a, &b, &a_scale, nullptr, &out_map,           b_block_scale, out,    nullptr,    0,                          \
-        0,  m,  n,        k,       {0, tiles_n, band}, ends,          groups, group_rows, error};                     \
-    using namespace fastfp8;                                                                                          \
-    using Shape =                                                                                                     \
-        gemm::Instance<TILE_M, TILE_N, gemm::BScales::kBlock, DType::OUT, gemm::Cluster::kNone, gemm::Rows::kGroups>; \
-    gemm::Kernel<Shape>{args, {shared}}.run();                                                                        \
+#define FASTFP8_GROUPED_GEMM_SM90(NAME, TILE_M, TILE_N, OUT, CLUSTER)                                               \
+  extern "C" __global__ void FASTFP8_CLUSTER_##CLUSTER NAME(                                                        \
+      const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,                                 \
+      const __grid_constant__ CUtensorMap a_scale, const __grid_constant__ CUtensorMap out_map,                     \
+      const float* b_block_scale, void* out, const int* ends, int* error, int groups, int group_rows, int m, int n, \
+      int k, int tiles_n, int band) {                                                                               \
+    extern __shared__ __align__(1024) uint8_t shared[];                                                             \
+    const fastfp8::gemm::Arguments args{                                                                            \
+        &a, &b, &a_scale, nullptr, &out_map,           b_block_scale, out,    nullptr,    0,                        \
+        0,  m,  n,        k,       {0, tiles_n, band}, ends,          groups, group_rows, error};                   \
+    using namespace fastfp8;                                                                                        \
+    using Shape = gemm::Instance<TILE_M, TILE_N, gemm::BScales::kBlock, DType::OUT, gemm::Cluster::CLUSTER,         \
+                                 gemm::Rows::kGroups>;                                                              \
+    gemm::Kernel<Shape>{args, {shared}}.run();                                                                      \
   }

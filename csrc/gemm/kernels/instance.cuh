@@ -29,15 +29,20 @@ struct Instance {
   static constexpr Cluster kCluster = kClusterOf;
   static constexpr Rows kRows = kRowsOf;
   static constexpr int kColumns = kTile.consumer_columns();
+  static constexpr int kPasses = kTile.passes();
+  static constexpr int kPassColumns = kTile.pass_columns();
   static constexpr SharedPlan kPlan = SharedPlan::make(kTile, kScales, kOut, kCluster, kRows);
   // A constexpr object has no address in device code, so these make one.
   static constexpr int first_row(int consumer) { return TileShape{kTileM, kTileN}.first_row(consumer); }
   static constexpr int first_column(int consumer) { return TileShape{kTileM, kTileN}.first_column(consumer); }
-  // CTAs that share loads, and with them the stages' barriers.
+  // CTAs that share loads, and with them the stages' barriers. A CTA loads `kBoxes` boxes of rows of B a stage.
   static constexpr int kSharers = kCluster == Cluster::kPair ? 2 : 1;
+  static constexpr int kBoxRows = b_box_rows(kTile, kSharers);
+  static constexpr int kBoxes = kTile.n / kSharers / kBoxRows;
 
   static_assert(kPlan.stages >= 3 && kPlan.bytes <= kMaxShared);
-  static_assert(128 % kTileN == 0, "a tile takes its B scale from one block of 128 rows");
+  static_assert(128 % kPassColumns == 0, "a pass takes its B scale from one block of 128 rows");
+  static_assert(kPasses == 1 || kScales == BScales::kBlock, "no registers are left for a scale a column");
   static_assert(kTileM == kWgmmaM || kTileM == kConsumers * kWgmmaM);
 };
 

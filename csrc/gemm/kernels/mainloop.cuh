@@ -6,54 +6,64 @@
 
 namespace fastfp8::gemm {
 
-// scale_b of each k-block of a tile in BScales::kBlock: lane l holds that of k-block 32 i + l, loaded a chunk of 32
-// ahead of its use, so that neither shared memory nor latency is spent on a value that is the same for the whole tile.
+// scale_b of each k-block of a tile in BScales::kBlock, for each pass: lane l holds that of k-block 32 i + l, loaded a
+// chunk of 32 ahead of its use, so that neither shared memory nor latency is spent on a value that is the same for the
+// whole tile.
+template <int kPasses>
 struct BlockScales {
-  const float* row;
+  const float* row;  // of the first pass
+  int to_next_pass;  // elements
   int count;
-  float now, next;
+  float now[kPasses], next[kPasses];
 
-  __device__ __forceinline__ BlockScales(const float* row, int count, int lane) : row(row), count(count), now(0) {
-    next = load(lane);
+  __device__ __forceinline__ BlockScales(const float* row, int to_next_pass, int count, int lane)
+      : row(row), to_next_pass(to_next_pass), count(count) {
+    load(lane);
   }
-  __device__ __forceinline__ float load(int block) const { return block < count ? __ldg(row + block) : 0.0f; }
-  // To be asked for each block in turn.
-  __device__ __forceinline__ float at(int block, int lane) {
-    if (block % 32 == 0) {
-      now = next;
-      next = load(block + 32 + lane);
+  __device__ __forceinline__ void load(int block) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass)
+      next[pass] = block < count ? __ldg(row + pass * to_next_pass + block) : 0.0f;
+  }
+  // To be asked for each block in turn, and for each pass in turn.
+  __device__ __forceinline__ float at(int block, int pass, int lane) {
+    if (pass == 0 && block % 32 == 0) {
+#pragma unroll
+      for (int p = 0; p < kPasses; ++p) now[p] = next[p];
+      load(block + 32 + lane);
     }
-    return __shfl_sync(0xffffffff, now, block % 32);
+    return __shfl_sync(0xffffffff, now[pass], block % 32);
   }
 };
 
-// acc += scale_a * scale_b * partial, for the two rows of a thread.
+// acc += scale_a * scale_b * partial, for the two rows of a thread. acc: of the columns of a pass.
 template <int kColumns>
-__device__ __forceinline__ void promote(Fragment<kColumns>& acc, const Fragment<kColumns>& partial,
-                                        const float (&row_scale)[2], const float2 (&column_scale)[kColumns / 8]) {
+__device__ __forceinline__ void promote(float* acc, const Fragment<kColumns>& partial, const float (&row_scale)[2],
+                                        const float2 (&column_scale)[kColumns / 8]) {
 #pragma unroll
   for (int j = 0; j < kColumns / 8; ++j) {
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       const float scale = __fmul_rn(row_scale[v / 2], v % 2 ? column_scale[j].y : column_scale[j].x);
-      acc.value[4 * j + v] = __fmaf_rn(scale, partial.value[4 * j + v], acc.value[4 * j + v]);
+      acc[4 * j + v] = __fmaf_rn(scale, partial.value[4 * j + v], acc[4 * j + v]);
     }
   }
 }
 
 // The same where one scale_b serves all columns: two products in place of kColumns / 2.
 template <int kColumns>
-__device__ __forceinline__ void promote(Fragment<kColumns>& acc, const Fragment<kColumns>& partial,
-                                        const float (&row_scale)[2], float block_scale) {
+__device__ __forceinline__ void promote(float* acc, const Fragment<kColumns>& partial, const float (&row_scale)[2],
+                                        float block_scale) {
   const float scale[2] = {__fmul_rn(row_scale[0], block_scale), __fmul_rn(row_scale[1], block_scale)};
 #pragma unroll
-  for (int v = 0; v < kColumns / 2; ++v) acc.value[v] = __fmaf_rn(scale[v / 2 % 2], partial.value[v], acc.value[v]);
+  for (int v = 0; v < kColumns / 2; ++v) acc[v] = __fmaf_rn(scale[v / 2 % 2], partial.value[v], acc[v]);
 }
 
 // One consumer warpgroup: its part of a tile, over a range of k-blocks.
 template <class I>
 struct Mainloop {
   using Acc = Fragment<I::kColumns>;
+  using Partial = Fragment<I::kPassColumns>;
 
   Shared<I> shared;
   int consumer;
@@ -62,9 +72,10 @@ struct Mainloop {
   __device__ __forceinline__ static int thread() { return threadIdx.x % 128; }
   __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
 
-  // acc = the sum over k-blocks [first, last) of those that `block_scales` counts from 0, for the tile at `row`.
-  __device__ __forceinline__ void run(Acc& acc, BlockScales& block_scales, int row, int first, int last) {
-    const int behind = I::kRows == Rows::kGroups ? row % SharedPlan::kScaleAlignment : 0;
+  // acc = the sum over k-blocks [first, last) of those that `block_scales` counts from 0, for the tile whose
+  // rows of A begin at `a_row`.
+  __device__ __forceinline__ void run(Acc& acc, BlockScales<I::kPasses>& block_scales, int a_row, int first, int last) {
+    const int behind = I::kRows == Rows::kGroups ? a_row % SharedPlan::kScaleAlignment : 0;
     const int fragment_row = I::first_row(consumer) + thread() / 32 * 16 + lane() / 4 + behind;
     // Addresses are in units of 16 bytes in a descriptor's lowest bits, which no carry leaves.
     const uint64_t a_stage_0 = ptx::wgmma_descriptor_k_major_128b(shared.a(0) + I::first_row(consumer) * kTileK);
@@ -74,37 +85,47 @@ struct Mainloop {
     for (int block = first; block < last; ++block, ring.advance()) {
       const int stage = ring.stage;
       wait(shared.full(stage), ring.phase);
-      Acc partial;
       const uint64_t a = a_stage_0 + stage * (SharedPlan::a_stage(I::kTile) >> 4);
       const uint64_t b = b_stage_0 + stage * (SharedPlan::b_stage(I::kTile) >> 4);
-      ptx::pin_registers(partial.value);
-      ptx::wgmma_fence();
+      float row_scale[2];
 #pragma unroll
-      for (int k = 0; k < kTileK / 32; ++k)  // 32 bytes further along K: 2 in the descriptor's units of 16
-        ptx::wgmma_m64k32_e4m3<I::kColumns>(partial.value, a + 2 * k, b + 2 * k, k > 0);
-      ptx::wgmma_commit_group();
-      // Under the wgmma, and before the stage is given back.
-      const float* a_scales = shared.a_scale(stage) + fragment_row;
-      const float row_scale[2] = {a_scales[0], a_scales[8]};
-      if constexpr (I::kScales == BScales::kRow) {
-        const float* b_scales = shared.b_scale(stage) + I::first_column(consumer) + 2 * (lane() % 4);
-        float2 column_scale[I::kColumns / 8];
+      for (int pass = 0; pass < I::kPasses; ++pass) {
+        Partial partial;
+        ptx::pin_registers(partial.value);
+        ptx::wgmma_fence();
 #pragma unroll
-        for (int j = 0; j < I::kColumns / 8; ++j) column_scale[j] = *reinterpret_cast<const float2*>(b_scales + 8 * j);
-        finish(partial, stage);
-        promote(acc, partial, row_scale, column_scale);
-      } else {
-        const float block_scale = block_scales.at(block, lane());
-        finish(partial, stage);
-        promote(acc, partial, row_scale, block_scale);
+        for (int k = 0; k < kTileK / 32; ++k)  // 32 bytes further along K: 2 in the descriptor's units of 16
+          ptx::wgmma_m64k32_e4m3<I::kPassColumns>(partial.value, a + 2 * k,
+                                                  b + (pass * I::kPassColumns * kTileK >> 4) + 2 * k, k > 0);
+        ptx::wgmma_commit_group();
+        // Under the wgmma, and before the stage is given back.
+        if (pass == 0) {
+          const float* a_scales = shared.a_scale(stage) + fragment_row;
+          row_scale[0] = a_scales[0], row_scale[1] = a_scales[8];
+        }
+        float* sums = acc.value + pass * (I::kPassColumns / 2);
+        if constexpr (I::kScales == BScales::kRow) {
+          const float* b_scales = shared.b_scale(stage) + I::first_column(consumer) + 2 * (lane() % 4);
+          float2 column_scale[I::kColumns / 8];
+#pragma unroll
+          for (int j = 0; j < I::kColumns / 8; ++j)
+            column_scale[j] = *reinterpret_cast<const float2*>(b_scales + 8 * j);
+          finish(partial, stage, true);
+          promote(sums, partial, row_scale, column_scale);
+        } else {
+          const float block_scale = block_scales.at(block, pass, lane());
+          finish(partial, stage, pass == I::kPasses - 1);
+          promote(sums, partial, row_scale, block_scale);
+        }
       }
     }
   }
 
-  // The partial product is there, and this warp is done with the stage.
-  __device__ __forceinline__ void finish(Acc& partial, int stage) const {
+  // The partial product is there, and after the last pass this warp is done with the stage.
+  __device__ __forceinline__ void finish(Partial& partial, int stage, bool done) const {
     ptx::wgmma_wait_group<0>();
     ptx::pin_registers(partial.value);
+    if (!done) return;
     __syncwarp();  // one lane arrives for the reads of scales of all
     if constexpr (I::kSharers == 1) {
       if (lane() == 0) ptx::mbarrier_arrive(shared.empty(stage));

@@ -1,31 +1,47 @@
 // Which tile a CTA takes next, and which rows of A and B are in it: all that tells a dense product from a grouped one.
 #pragma once
+#include "../../ptx/cluster.cuh"
 #include "instance.cuh"
 
 namespace fastfp8::gemm {
 
-// One tile. Rows of A and of the output from `row` up to `end`, of B from `b_row`, of B's block scales `scale_row`.
+// Which CTA of its cluster this is, and how many there are: a pair takes two tiles at each index, a split one.
+template <class I>
+__device__ __forceinline__ int cluster_rank() {
+  if constexpr (I::kCluster == Cluster::kNone) return 0;
+  return static_cast<int>(ptx::cluster_rank());
+}
+template <class I>
+__device__ __forceinline__ int cluster_size() {
+  if constexpr (I::kCluster == Cluster::kNone) return 1;
+  return static_cast<int>(ptx::cluster_size());
+}
+
+// One tile of the output, [row, end) by `column` on, and the operands that it is the product of: rows of A from `a_row`
+// on, of B from `b_row` on, of B's block scales `scale_row`, and of K the `segments` from k-block `first_block` on.
 struct Tile {
-  int row, end;
-  int column;  // of the output
-  int b_row, scale_row;
+  int row, end, column;
+  int a_row, b_row, scale_row;
+  int first_block;
+  Segments segments;
 };
 
 // Every row of A by every row of B.
 template <class I>
 struct DenseScheduler {
   const Arguments& args;
-  int rank;  // in the cluster
+  Segments segments;
 
-  __device__ __forceinline__ DenseScheduler(const Arguments& args, Shared<I>, int rank) : args(args), rank(rank) {}
+  __device__ __forceinline__ DenseScheduler(const Arguments& args, Shared<I>)
+      : args(args), segments(Segments::of(args.n, args.k, I::kScales)) {}
 
   __device__ __forceinline__ static void set_up(const Arguments&, Shared<I>) {}
   __device__ __forceinline__ int tiles() const { return args.order.tiles_m * args.order.tiles_n; }
   __device__ __forceinline__ Tile at(int index) const {
     const auto tile = args.order.at(index);
-    const int m = I::kCluster == Cluster::kPair ? 2 * tile.m + rank : tile.m;
-    const int column = tile.n * I::kTile.n;
-    return {m * I::kTile.m, args.m, column, column, column / 128};
+    const int m = I::kCluster == Cluster::kPair ? 2 * tile.m + cluster_rank<I>() : tile.m;
+    const int row = m * I::kTile.m, column = tile.n * I::kTile.n;
+    return {row, args.m, column, row, column, column / 128, 0, segments};
   }
 };
 
@@ -33,15 +49,23 @@ struct DenseScheduler {
 // memory, the end of each group's rows and of its tiles, so that each role finds its tiles by itself.
 template <class I>
 struct GroupedScheduler {
+  // Tiles of a group, one below the other, that a cluster takes at once. They count as one; the last may be empty.
+  static constexpr int kTogether = I::kCluster == Cluster::kPair ? 2 : 1;
+
   const Arguments& args;
   const int *row_ends, *tile_ends;
+  Segments segments;
 
-  __device__ __forceinline__ GroupedScheduler(const Arguments& args, Shared<I> shared, int)
-      : args(args), row_ends(shared.groups()), tile_ends(shared.groups() + kMaxGroups) {}
+  __device__ __forceinline__ GroupedScheduler(const Arguments& args, Shared<I> shared)
+      : args(args),
+        row_ends(shared.groups()),
+        tile_ends(shared.groups() + kMaxGroups),
+        segments(Segments::of(args.n, args.k, I::kScales)) {}
 
   // By the first warp; what it writes is for after the next barrier of the CTA. Values that no group can have are
   // clamped, so that nothing is read or written out of bounds, and reported in the error word.
   __device__ __forceinline__ static void set_up(const Arguments& args, Shared<I> shared) {
+    __builtin_assume(args.groups > 0);  // a predicate less to keep
     int *rows = shared.groups(), *tiles = shared.groups() + kMaxGroups;
     const int lane = threadIdx.x;
     int last_row = 0, last_tile = 0;  // of the groups before this chunk of 32
@@ -68,7 +92,7 @@ struct GroupedScheduler {
         if (lane == 0) begin = last_row;
         last_row = __shfl_sync(0xffffffff, end, 31);
       }
-      int count = exists ? (end - begin + I::kTile.m - 1) / I::kTile.m : 0;
+      int count = exists ? (end - begin + kTogether * I::kTile.m - 1) / (kTogether * I::kTile.m) : 0;
 #pragma unroll
       for (int distance = 1; distance < 32; distance *= 2) {
         const int other = __shfl_up_sync(0xffffffff, count, distance);
@@ -88,6 +112,7 @@ struct GroupedScheduler {
   __device__ __forceinline__ int tiles() const { return tile_ends[args.groups - 1] * args.order.tiles_n; }
 
   __device__ __forceinline__ Tile at(int index) const {
+    __builtin_assume(args.groups > 0);
     // The first group whose tiles end behind this one.
     int group = 0;
     for (int left = args.groups; left > 0;) {
@@ -104,10 +129,10 @@ struct GroupedScheduler {
     const TileOrder order{tiles_m, args.order.tiles_n, min(args.order.band, tiles_m)};
     const auto tile = order.at(index - first_tile * args.order.tiles_n);
     const int begin = args.group_rows > 0 ? group * args.group_rows : group == 0 ? 0 : row_ends[group - 1];
-    const int column = tile.n * I::kTile.n;
+    const int m = kTogether * tile.m + (kTogether > 1 ? cluster_rank<I>() : 0);
+    const int row = begin + m * I::kTile.m, column = tile.n * I::kTile.n;
     const int b_blocks = (args.n + 127) / 128;
-    return {begin + tile.m * I::kTile.m, row_ends[group], column, group * args.n + column,
-            group * b_blocks + column / 128};
+    return {row, row_ends[group], column, row, group * args.n + column, group * b_blocks + column / 128, 0, segments};
   }
 };
 
