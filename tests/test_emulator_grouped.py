@@ -183,7 +183,8 @@ def test_tiles_are_chosen_by_the_rows_of_a_group() -> None:
         return _C.gemm_select(_C.GemmProblem.grouped(*views, groups, False, "bfloat16", 132))
 
     assert select(32 * 32, 32).name == "64x128"
-    assert select(8 * 4096, 8).name == "128x128"
+    assert select(32 * 100, 32).name == "128x256"
+    assert select(8 * 4096, 8).name == "128x256 pair"
     assert select(8 * 4096, 8).grid == 132
 
 

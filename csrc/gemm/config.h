@@ -75,7 +75,7 @@ constexpr int b_box_rows(TileShape tile, int sharers) {
 }
 
 // Columns of BF16 output in one TMA store: a row of the box is one swizzle span of 64 or 128 bytes.
-constexpr int out_panel_columns(int consumer_columns) { return consumer_columns < 64 ? consumer_columns : 64; }
+constexpr int out_panel_columns(int pass_columns) { return pass_columns < 64 ? pass_columns : 64; }
 
 // Byte offsets in dynamic shared memory, whose base is 1024-aligned as 128-byte swizzle wants. A stage s of an array
 // lies s * (its bytes per stage) further on. full[s]: the producer's arrival plus the bytes of the stage; empty[s]: one
@@ -108,9 +108,13 @@ struct SharedPlan {
     return a_stage(tile) + b_stage(tile) + a_scales(tile, rows) * 4 + b_scale_stage(tile, scales);
   }
 
-  // As many stages as fit. FP32 output goes from registers to global memory and needs no staging: see the epilogue.
+  // As many stages as fit. BF16 output is staged a pass at a time; FP32 output goes from registers to global memory and
+  // needs no staging: see the epilogue.
   static constexpr SharedPlan make(TileShape tile, BScales scales, DType out, Cluster cluster, Rows rows) {
-    const int out_bytes = tile.m * tile.n * (cluster == Cluster::kSplit ? 4 : out == DType::kBF16 ? 2 : 0);
+    const int out_bytes = kConsumers * kWgmmaM * tile.pass_columns() *
+                          (cluster == Cluster::kSplit ? 4
+                           : out == DType::kBF16      ? 2
+                                                      : 0);
     const int group_bytes = rows == Rows::kGroups ? 2 * kMaxGroups * 4 : 0;
     const int per_stage =
         a_stage(tile) + b_stage(tile) + a_scale_stage(tile, rows) + b_scale_stage(tile, scales) + 2 * 8;

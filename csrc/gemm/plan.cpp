@@ -85,7 +85,7 @@ TensorMapSlot scale_map(const char* slot, int rows, int k, int64_t pitch, int ti
 
 // BF16 output, 64 rows (one consumer's) by one panel.
 TensorMapSlot out_map(int m, int n, TileShape tile) {
-  const int columns = out_panel_columns(tile.consumer_columns());
+  const int columns = out_panel_columns(tile.pass_columns());
   return {"out",
           {DType::kBF16,
            {static_cast<uint64_t>(n), static_cast<uint64_t>(m)},

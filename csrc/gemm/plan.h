@@ -14,7 +14,7 @@ struct Cost {
   // Of one k-block in one CTA. They overlap: the largest counts.
   double tensor, consumer, from_l2, into_sm, latency;
   double block;           // that largest
-  double fill, epilogue;  // of one tile, not overlapped
+  double fill, epilogue;  // of one tile
   double waves;           // tiles that the busiest CTA walks
   double hbm;             // all bytes once at HBM's rate
   double total;

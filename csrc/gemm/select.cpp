@@ -10,8 +10,9 @@ namespace {
 // Clocks of what a consumer does for a k-block beside its wgmma and its FFMA: barriers, scales, the wgmma's own
 // latency.
 constexpr double kConsumerOverhead = 90;
-constexpr double kEpilogueFixed = 500;  // of one tile: barriers, and the first store's way out
-constexpr double kStoreBytes = 32;      // of output that one SM writes per clock
+constexpr double kEpilogueFixed = 400;  // of one pass: barriers, and that the staging area has been read
+constexpr double kStagedBytes = 128;    // of BF16 output that one SM writes to shared memory per clock
+constexpr double kStoredBytes = 64;     // of FP32 output that one SM's warps write to global memory per clock
 constexpr double kExchange = 1500;      // of a split: two meetings of the cluster, and reads of the peers
 constexpr double kFp32PerClock = 128;   // FFMA or FMUL, one SM
 constexpr double kNotHidden = 0.1;      // of the shorter of computing and HBM, the share that the longer does not cover
@@ -61,14 +62,18 @@ Cost cost_of(const GemmProblem& problem, const GemmConfig& config) {
   cost.latency = machine.latency / config.stages;
   cost.block = std::max({cost.tensor, cost.consumer, cost.from_l2, cost.into_sm, cost.latency});
   cost.fill = machine.latency + cost.block;
-  cost.epilogue = split ? kExchange : kEpilogueFixed + rows_a * config.tile.n * size_of(problem.out) / kStoreBytes;
+  const double staged = problem.out == DType::kBF16 ? kStagedBytes : kStoredBytes;
+  cost.epilogue = split ? kExchange : passes * kEpilogueFixed + rows_a * config.tile.n * size_of(problem.out) / staged;
   const double clusters = std::max(problem.num_sms / config.cluster, 1);
   cost.waves = static_cast<double>(
       ceil_div(static_cast<int64_t>(config.order.tiles_m) * config.order.tiles_n, static_cast<int64_t>(clusters)));
   cost.hbm = traffic(problem) / machine.hbm_bytes;
   const double blocks = split ? ceil_div(config.segments.blocks, config.segments.count) : config.segments.blocks;
-  // The producer fills the next tile's stages under the epilogue, so the pipeline fills once.
-  const double walk = cost.waves * (blocks * cost.block + cost.epilogue);
+  // The producer fills the next tile's stages under the epilogue, so the pipeline fills once. A consumer's epilogue
+  // runs under the other one's wgmma unless the consumers themselves are what takes longest; the last one's shows.
+  const double shared = std::max({cost.tensor, cost.from_l2, cost.into_sm, cost.latency});
+  const double tile = std::max(blocks * shared, blocks * cost.consumer + cost.epilogue);
+  const double walk = (cost.waves - 1) * tile + blocks * cost.block + cost.epilogue;
   cost.total = cost.fill + std::max(walk, cost.hbm) + kNotHidden * std::min(walk, cost.hbm);
   return cost;
 }

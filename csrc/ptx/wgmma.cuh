@@ -27,16 +27,20 @@ __device__ __forceinline__ void pin_registers(float (&registers)[kSize]) {
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// Descriptor of a K-major operand of 8-bit elements in rows of 128 bytes, 128B-swizzled, at a multiple of 1024 bytes
-// (or 32 k bytes above one, for the k-th slice of 32): start address, groups of 8 rows 1024 bytes apart, swizzle
-// mode 1.
+// The half of a descriptor that says where a K-major operand lies in shared memory: 16 bytes further is 1 more.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-shared-memory-layout-matrix-descriptor
-__device__ __forceinline__ uint64_t wgmma_descriptor_k_major_128b(const void* tile) {
-  constexpr uint64_t kLeadingByteOffset = 1;  // ignored in swizzled K-major layouts
+__device__ __forceinline__ uint32_t wgmma_address(const void* operand) {
+  constexpr uint32_t kLeadingByteOffset = 1;  // ignored in swizzled K-major layouts
+  return (shared_address(operand) & 0x3FFFF) >> 4 | kLeadingByteOffset << 16;
+}
+
+// Descriptor of a K-major operand of 8-bit elements in rows of 128 bytes, 128B-swizzled, at a multiple of 1024 bytes
+// (or 32 k bytes above one, for the k-th slice of 32): address, groups of 8 rows 1024 bytes apart, swizzle mode 1.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-shared-memory-layout-matrix-descriptor
+__device__ __forceinline__ uint64_t wgmma_descriptor_k_major_128b(uint32_t address) {
   constexpr uint64_t kStrideByteOffset = 1024 >> 4;
   constexpr uint64_t kSwizzle128B = 1;
-  const uint64_t start = (shared_address(tile) & 0x3FFFF) >> 4;
-  return start | kLeadingByteOffset << 16 | kStrideByteOffset << 32 | kSwizzle128B << 62;
+  return address | kStrideByteOffset << 32 | kSwizzle128B << 62;
 }
 
 // d (+)= A B^T for e4m3 A [64, 32] and B [kN, 32] in shared memory; d is overwritten when `accumulate` is false. Thread

@@ -18,9 +18,6 @@ template <class I>
 struct Epilogue {
   using Acc = Fragment<I::kColumns>;
 
-  static constexpr uint32_t kConsumerBarrier = 1;           // and 2: one a consumer. 0 is __syncthreads
-  static constexpr uint32_t kTileBarrier = 1 + kConsumers;  // all consumers
-
   const Arguments& args;
   Shared<I> shared;
   int consumer;
@@ -39,10 +36,15 @@ struct Epilogue {
     const int row = tile.row + fragment_row(), column = tile.column + fragment_column();
     if constexpr (I::kRows == Rows::kAll)
       if (args.c != nullptr) add_c(acc, row, column);
-    if constexpr (I::kOut == DType::kBF16)
-      store_bf16(acc, tile.row + I::first_row(consumer), tile.end, tile.column + I::first_column(consumer));
-    else
+    if constexpr (I::kOut == DType::kBF16) {
+      const int first_column = tile.column + I::first_column(consumer);
+#pragma unroll
+      for (int pass = 0; pass < I::kPasses; ++pass)
+        store_bf16(acc.value + pass * (I::kPassColumns / 2), tile.row + I::first_row(consumer), tile.end,
+                   first_column + pass * I::kPassColumns);
+    } else {
       store_f32(acc, row, tile.end, column);
+    }
   }
 
   // acc += c, read in the fragment's layout: a quad of lanes reads 8 neighbours of a row.
@@ -77,26 +79,28 @@ struct Epilogue {
   }
 
   // BF16 through shared memory, in panels of one swizzle span: stmatrix writes them without a bank conflict, and one
-  // TMA store a panel writes them out and clips at M and N. Each consumer stages and stores its own part of the tile.
-  // Where the rows behind a group's last are another's, the warps write theirs themselves.
-  __device__ __forceinline__ void store_bf16(const Acc& acc, int first_row, int end, int first_column) const {
-    constexpr int kPanel = out_panel_columns(I::kColumns), kRowBytes = kPanel * 2, kPanelBytes = kWgmmaM * kRowBytes;
+  // TMA store a panel writes them out and clips at M and N. Each consumer stages and stores its own part of the tile,
+  // the columns of one pass at a time. Where the rows behind a group's last are another's, the warps write theirs
+  // themselves.
+  __device__ __forceinline__ void store_bf16(const float* sums, int first_row, int end, int first_column) const {
+    constexpr int kColumns = I::kPassColumns, kPanel = out_panel_columns(kColumns);
+    constexpr int kRowBytes = kPanel * 2, kPanelBytes = kWgmmaM * kRowBytes;
     constexpr int kChunks = kRowBytes / 16;  // of 16 bytes; the swizzle permutes them within a row
     const int warp = thread() / 32;
     const uint32_t barrier = kConsumerBarrier + consumer;
-    uint8_t* panels = shared.out() + consumer * (kWgmmaM * I::kColumns * 2);
+    uint8_t* panels = shared.out() + consumer * (kWgmmaM * kColumns * 2);
 
-    // The thread that stores is the one whose bulk groups tell when the last tile's panels have been read.
+    // The thread that stores is the one whose bulk groups tell when the panels stored last have been read.
     const bool storer = warp == 0 && ptx::elect_one();
     if (storer) ptx::bulk_wait_group_read<0>();
     ptx::named_barrier_sync(barrier, 128);
     const int row = warp * 16 + lane() % 16;
 #pragma unroll
-    for (int j = 0; j < I::kColumns / 16; ++j) {
+    for (int j = 0; j < kColumns / 16; ++j) {
       const int chunk = 2 * j + lane() / 16;
       const int offset = row * kRowBytes + chunk % kChunks * 16;
       const int swizzled = offset ^ (offset >> 7 & (kChunks - 1)) << 4;
-      const float* v = acc.value + 8 * j;
+      const float* v = sums + 8 * j;
       ptx::stmatrix_x4(panels + chunk / kChunks * kPanelBytes + swizzled, ptx::bf16x2(v[0], v[1]),
                        ptx::bf16x2(v[2], v[3]), ptx::bf16x2(v[4], v[5]), ptx::bf16x2(v[6], v[7]));
     }
@@ -110,7 +114,7 @@ struct Epilogue {
     if (!storer) return;
     if (first_row < end) {
 #pragma unroll
-      for (int panel = 0; panel < I::kColumns / kPanel; ++panel) {
+      for (int panel = 0; panel < kColumns / kPanel; ++panel) {
         const int column = first_column + panel * kPanel;
         if (column < args.n) ptx::tma_store_2d(args.out_map, panels + panel * kPanelBytes, column, first_row);
       }
@@ -121,7 +125,7 @@ struct Epilogue {
   // A warp's sixteen rows from the panels, 16 bytes a lane, as far as they are the group's.
   template <int kPanel>
   __device__ __forceinline__ void store_rows(const uint8_t* panels, int first_row, int end, int first_column) const {
-    constexpr int kRowBytes = kPanel * 2, kChunks = kRowBytes / 16, kChunksOfRow = I::kColumns * 2 / 16;
+    constexpr int kRowBytes = kPanel * 2, kChunks = kRowBytes / 16, kChunksOfRow = I::kPassColumns * 2 / 16;
 #pragma unroll
     for (int i = lane(); i < 16 * kChunksOfRow; i += 32) {
       const int row = thread() / 32 * 16 + i / kChunksOfRow, chunk = i % kChunksOfRow;

@@ -13,6 +13,8 @@
 // fixed (Segments), so the bits of a row depend neither on M nor on the tile.
 //
 // The ring's phase runs on from tile to tile, hence the producer loads the next tile under the epilogue of this one.
+// Where there is a next tile, consumer 1 starts a k-block later: so does its epilogue, and each has the tensor cores
+// busy under the other's (Mainloop::to_meet).
 //
 // Cluster::kPair: two CTAs take two tiles one below the other. Both need the same rows of B: each loads half of them
 // for both, which halves what B costs of L2's bandwidth. A stage is then free when the consumers of both CTAs are done
@@ -101,12 +103,12 @@ struct Kernel {
 
   __device__ __forceinline__ void consume(int consumer) const {
     using Acc = Fragment<I::kColumns>;
-    Mainloop<I> mainloop{shared, consumer, {}};
     Epilogue<I> epilogue{args, shared, consumer};
     ptx::wait_for_grids_before();
     const Scheduler scheduler(args, shared);
-    const int tiles = scheduler.tiles();
-    for (int index = blockIdx.x / ranks(); index < tiles; index += gridDim.x / ranks()) {
+    const int tiles = scheduler.tiles(), begin = blockIdx.x / ranks(), step = gridDim.x / ranks();
+    Mainloop<I> mainloop{shared, consumer, begin + step < tiles};
+    for (int index = begin; index < tiles; index += step) {
       const Tile tile = scheduler.at(index);
       const int first = first_block(tile), blocks = last_block(tile) - first;
       BlockScales<I::kPasses> block_scales = this->block_scales(tile, first, blocks);

@@ -46,6 +46,11 @@ struct Instance {
   static_assert(kTileM == kWgmmaM || kTileM == kConsumers * kWgmmaM);
 };
 
+// Named barriers. 0 is __syncthreads.
+constexpr uint32_t kConsumerBarrier = 1;           // and 2: one a consumer
+constexpr uint32_t kTileBarrier = 1 + kConsumers;  // all consumers
+constexpr uint32_t kLeadBarrier = kTileBarrier + 1;
+
 // The accumulator fragment of a thread: two rows, kColumns / 4 columns of each. See wgmma_m64k32_e4m3.
 template <int kColumns>
 struct Fragment {

@@ -27,12 +27,13 @@ struct BlockScales {
   }
   // To be asked for each block in turn, and for each pass in turn.
   __device__ __forceinline__ float at(int block, int pass, int lane) {
-    if (pass == 0 && block % 32 == 0) {
+    const uint32_t within = static_cast<uint32_t>(block) % 32;
+    if (pass == 0 && within == 0) {
 #pragma unroll
       for (int p = 0; p < kPasses; ++p) now[p] = next[p];
       load(block + 32 + lane);
     }
-    return __shfl_sync(0xffffffff, now[pass], block % 32);
+    return __shfl_sync(0xffffffff, now[pass], within);
   }
 };
 
@@ -67,7 +68,10 @@ struct Mainloop {
 
   Shared<I> shared;
   int consumer;
-  Ring<I::kPlan.stages> ring;
+  // Of two consumers that are to be a k-block apart, so that one's epilogue runs under the other's wgmma: this one has
+  // not yet met the other. The first arrives where its first k-block ends, the second waits there before its own.
+  bool to_meet;
+  Ring<I::kPlan.stages> ring{};
 
   __device__ __forceinline__ static int thread() { return threadIdx.x % 128; }
   __device__ __forceinline__ static int lane() { return threadIdx.x % 32; }
@@ -77,47 +81,60 @@ struct Mainloop {
   __device__ __forceinline__ void run(Acc& acc, BlockScales<I::kPasses>& block_scales, int a_row, int first, int last) {
     const int behind = I::kRows == Rows::kGroups ? a_row % SharedPlan::kScaleAlignment : 0;
     const int fragment_row = I::first_row(consumer) + thread() / 32 * 16 + lane() / 4 + behind;
-    // Addresses are in units of 16 bytes in a descriptor's lowest bits, which no carry leaves.
-    const uint64_t a_stage_0 = ptx::wgmma_descriptor_k_major_128b(shared.a(0) + I::first_row(consumer) * kTileK);
-    const uint64_t b_stage_0 = ptx::wgmma_descriptor_k_major_128b(shared.b(0) + I::first_column(consumer) * kTileK);
+    const uint32_t a_stage_0 = ptx::wgmma_address(shared.a(0) + I::first_row(consumer) * kTileK);
+    const uint32_t b_stage_0 = ptx::wgmma_address(shared.b(0) + I::first_column(consumer) * kTileK);
+    if (to_meet && consumer > 0) {
+      ptx::named_barrier_sync(kLeadBarrier, kConsumers * 128);
+      to_meet = false;
+    }
 #pragma unroll
     for (float& value : acc.value) value = 0.0f;
-    for (int block = first; block < last; ++block, ring.advance()) {
-      const int stage = ring.stage;
-      wait(shared.full(stage), ring.phase);
-      const uint64_t a = a_stage_0 + stage * (SharedPlan::a_stage(I::kTile) >> 4);
-      const uint64_t b = b_stage_0 + stage * (SharedPlan::b_stage(I::kTile) >> 4);
-      float row_scale[2];
+    int block = first;
+#pragma unroll 1
+    for (int stop = to_meet ? min(first + 1, last) : last;; stop = last) {
+      for (; block < stop; ++block, ring.advance()) {
+        const int stage = ring.stage;
+        wait(shared.full(stage), ring.phase);
+        const uint32_t a = a_stage_0 + stage * (SharedPlan::a_stage(I::kTile) >> 4);
+        const uint32_t b = b_stage_0 + stage * (SharedPlan::b_stage(I::kTile) >> 4);
+        float row_scale[2];
 #pragma unroll
-      for (int pass = 0; pass < I::kPasses; ++pass) {
-        Partial partial;
-        ptx::pin_registers(partial.value);
-        ptx::wgmma_fence();
+        for (int pass = 0; pass < I::kPasses; ++pass) {
+          Partial partial;
+          ptx::pin_registers(partial.value);
+          ptx::wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kTileK / 32; ++k)  // 32 bytes further along K: 2 in the descriptor's units of 16
-          ptx::wgmma_m64k32_e4m3<I::kPassColumns>(partial.value, a + 2 * k,
-                                                  b + (pass * I::kPassColumns * kTileK >> 4) + 2 * k, k > 0);
-        ptx::wgmma_commit_group();
-        // Under the wgmma, and before the stage is given back.
-        if (pass == 0) {
-          const float* a_scales = shared.a_scale(stage) + fragment_row;
-          row_scale[0] = a_scales[0], row_scale[1] = a_scales[8];
-        }
-        float* sums = acc.value + pass * (I::kPassColumns / 2);
-        if constexpr (I::kScales == BScales::kRow) {
-          const float* b_scales = shared.b_scale(stage) + I::first_column(consumer) + 2 * (lane() % 4);
-          float2 column_scale[I::kColumns / 8];
+          for (int k = 0; k < kTileK / 32; ++k)  // 32 bytes further along K
+            ptx::wgmma_m64k32_e4m3<I::kPassColumns>(
+                partial.value, ptx::wgmma_descriptor_k_major_128b(a + 2 * k),
+                ptx::wgmma_descriptor_k_major_128b(b + (pass * I::kPassColumns * kTileK >> 4) + 2 * k), k > 0);
+          ptx::wgmma_commit_group();
+          // Under the wgmma, and before the stage is given back.
+          if (pass == 0) {
+            const float* a_scales = shared.a_scale(stage) + fragment_row;
+            row_scale[0] = a_scales[0], row_scale[1] = a_scales[8];
+          }
+          float* sums = acc.value + pass * (I::kPassColumns / 2);
+          if constexpr (I::kScales == BScales::kRow) {
+            const float* b_scales = shared.b_scale(stage) + I::first_column(consumer) + 2 * (lane() % 4);
+            float2 column_scale[I::kColumns / 8];
 #pragma unroll
-          for (int j = 0; j < I::kColumns / 8; ++j)
-            column_scale[j] = *reinterpret_cast<const float2*>(b_scales + 8 * j);
-          finish(partial, stage, true);
-          promote(sums, partial, row_scale, column_scale);
-        } else {
-          const float block_scale = block_scales.at(block, pass, lane());
-          finish(partial, stage, pass == I::kPasses - 1);
-          promote(sums, partial, row_scale, block_scale);
+            for (int j = 0; j < I::kColumns / 8; ++j)
+              column_scale[j] = *reinterpret_cast<const float2*>(b_scales + 8 * j);
+            finish(partial, stage, true);
+            promote(sums, partial, row_scale, column_scale);
+          } else {
+            const float block_scale = block_scales.at(block, pass, lane());
+            finish(partial, stage, pass == I::kPasses - 1);
+            promote(sums, partial, row_scale, block_scale);
+          }
         }
       }
+      if (to_meet) {
+        ptx::named_barrier_arrive(kLeadBarrier, kConsumers * 128);
+        to_meet = false;
+      }
+      if (block == last) return;
     }
   }
 
