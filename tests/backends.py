@@ -36,7 +36,13 @@ class Backend(Protocol):
     def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor: ...
 
     def gemm(
-        self, a: ScaledTensor, b: ScaledTensor, *, out_dtype: torch.dtype = torch.bfloat16, c: Tensor | None = None
+        self,
+        a: ScaledTensor,
+        b: ScaledTensor,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+        c: Tensor | None = None,
+        num_sms: int | None = None,
     ) -> Tensor: ...
 
     def grouped_gemm(
@@ -83,10 +89,16 @@ class TritonInterpreter:
             return self._dequantize(t.data, t.scale, t.block, dtype)
 
     def gemm(
-        self, a: ScaledTensor, b: ScaledTensor, *, out_dtype: torch.dtype = torch.bfloat16, c: Tensor | None = None
+        self,
+        a: ScaledTensor,
+        b: ScaledTensor,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+        c: Tensor | None = None,
+        num_sms: int | None = None,
     ) -> Tensor:
         with self._interpreted():
-            return self._gemm(a.data, a.scale, b.data, b.scale, b.block, out_dtype, c)
+            return self._gemm(a.data, a.scale, b.data, b.scale, b.block, out_dtype, c, num_sms)
 
     def grouped_gemm(
         self, a: ScaledTensor, b: ScaledTensor, offsets: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
@@ -122,10 +134,16 @@ class Cuda:
         return fastfp8.dequantize(_scaled_on_gpu(t), dtype).cpu()
 
     def gemm(
-        self, a: ScaledTensor, b: ScaledTensor, *, out_dtype: torch.dtype = torch.bfloat16, c: Tensor | None = None
+        self,
+        a: ScaledTensor,
+        b: ScaledTensor,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+        c: Tensor | None = None,
+        num_sms: int | None = None,
     ) -> Tensor:
         c = None if c is None else _on_gpu(c)
-        return fastfp8.gemm(_scaled_on_gpu(a), _scaled_on_gpu(b), out_dtype=out_dtype, c=c).cpu()
+        return fastfp8.gemm(_scaled_on_gpu(a), _scaled_on_gpu(b), out_dtype=out_dtype, c=c, num_sms=num_sms).cpu()
 
     def grouped_gemm(
         self, a: ScaledTensor, b: ScaledTensor, offsets: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
@@ -144,12 +162,18 @@ class CudaTriton(Cuda):
     """As Cuda, but GEMMs in Triton where Hopper would take the sm_90a kernel."""
 
     def gemm(
-        self, a: ScaledTensor, b: ScaledTensor, *, out_dtype: torch.dtype = torch.bfloat16, c: Tensor | None = None
+        self,
+        a: ScaledTensor,
+        b: ScaledTensor,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+        c: Tensor | None = None,
+        num_sms: int | None = None,
     ) -> Tensor:
         left, right = _scaled_on_gpu(a), _scaled_on_gpu(b)
         c = None if c is None else _on_gpu(c)
         operands = (left.data, left.scale, right.data, right.scale, right.block)
-        return torch.ops.fastfp8._gemm_triton(*operands, out_dtype, c).cpu()
+        return torch.ops.fastfp8._gemm_triton(*operands, out_dtype, c, num_sms).cpu()
 
     def grouped_gemm(
         self, a: ScaledTensor, b: ScaledTensor, offsets: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
@@ -255,9 +279,17 @@ class Emulator:
         return self._run_triton(module, "grouped_gemm_kernel", host)
 
     def gemm(
-        self, a: ScaledTensor, b: ScaledTensor, *, out_dtype: torch.dtype = torch.bfloat16, c: Tensor | None = None
+        self,
+        a: ScaledTensor,
+        b: ScaledTensor,
+        *,
+        out_dtype: torch.dtype = torch.bfloat16,
+        c: Tensor | None = None,
+        num_sms: int | None = None,
     ) -> Tensor:
         """As csrc/bindings/gemm_op.cpp."""
+        if num_sms is not None:
+            return Emulator(min(num_sms, self._num_sms), config=self._config).gemm(a, b, out_dtype=out_dtype, c=c)
         out = torch.full((a.shape[0], b.shape[0]), float("nan"), dtype=out_dtype)
         if out.numel() and not a.shape[1]:
             self._problem(a, b, out_dtype, c)

@@ -227,6 +227,35 @@ def test_a_row_does_not_depend_on_the_batch(b_block: Block) -> None:
         assert_same_bits(alone, whole[first:last], f"rows {first} to {last}")
 
 
+SOME_BATCHES = (1, 2, 64, 65, 128, 129, 257, 300)
+BATCHES = [pytest.param(m, marks=[] if m in SOME_BATCHES else pytest.mark.slow) for m in range(1, 301)]
+
+
+def rows_of(m: int, first: int, n: int, k: int, on: Emulator) -> None:
+    """The product of ``m`` rows from ``first`` on has the bits that they have in the product of all 300."""
+    a, b = operands(300, n, k, B_BLOCKS[0])
+    batch = ScaledTensor(a.data[first : first + m], a.scale[first : first + m], A_BLOCK)
+    out = on.gemm(batch, b, out_dtype=torch.float32)
+    assert_same_bits(out, model(a, b, torch.float32, None)[first : first + m], f"{m} rows from {first} of {(n, k)}")
+
+
+@pytest.mark.parametrize("m", BATCHES)
+def test_a_batch_of_any_size_has_the_same_rows(m: int) -> None:
+    """All kernels in turn; with four segments of K those that serve them, taken by one CTA or by a cluster."""
+    first = 7 * m % (301 - m)
+    one = [config for config in CONFIGS if config != SPLIT]
+    rows_of(m, first, 136, 144, Emulator(6, m, one[m % len(one)]))
+    several = [config for config in CONFIGS if config not in WIDE]
+    rows_of(m, first, 24, 1936, Emulator(8, m, several[m % len(several)]))
+
+
+@pytest.mark.slow
+def test_each_row_alone() -> None:
+    for row in range(300):
+        rows_of(1, row, 136, 144, Emulator(132))
+        rows_of(1, row, 24, 1936, Emulator(132))
+
+
 @pytest.mark.parametrize("out_dtype", OUT_DTYPES, ids=str)
 @pytest.mark.parametrize("b_block", B_BLOCKS, ids=str)
 def test_counters(b_block: Block, out_dtype: torch.dtype) -> None:

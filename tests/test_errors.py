@@ -59,7 +59,7 @@ def call_api(op: str, arguments: dict[str, Any], make: Callable[..., ScaledTenso
         return fastfp8.dequantize(t, arguments["dtype"])
     a = make(arguments["a"], arguments["a_scale"], (1, 128))
     b = make(arguments["b"], arguments["b_scale"], arguments["b_block"])
-    return fastfp8.gemm(a, b, out_dtype=arguments["out_dtype"], c=arguments["c"])
+    return fastfp8.gemm(a, b, out_dtype=arguments["out_dtype"], c=arguments["c"], num_sms=arguments.get("num_sms"))
 
 
 class Bad(NamedTuple):
@@ -251,6 +251,8 @@ def bad_gemm() -> list[Bad]:
         Bad("gemm", short, ValueError, "b", ("K = 304", "(16, 256)")),
         Bad("gemm", odd_k, ValueError, "a", ("K a multiple of 16", "K = 312")),
         Bad("gemm", odd_n, ValueError, "b", ("N a multiple of 8", "N = 12")),
+        Bad("gemm", {"num_sms": 0}, ValueError, "num_sms", ("None or at least 1", "0")),
+        Bad("gemm", {"num_sms": -2}, ValueError, "num_sms", ("None or at least 1", "-2")),
     ]
     rows += [
         Bad("gemm", {"b_block": b}, ValueError, "b_block", (blocks, str(b)[1:-1]), None, "b")

@@ -81,6 +81,7 @@ def gemm_cases() -> list[Any]:
         pytest.param(gemm_args(5, 16, 304, (128, 128), torch.bfloat16, randn(5, 16)), id="c"),
         pytest.param(gemm_args(5, 16, 304, (1, 128), torch.float32, randn(5, 16).bfloat16()), id="bfloat16-c"),
         pytest.param(gemm_args(5, 16, 304, (128, 128), torch.float32, randn(1, 16).expand(5, 16)), id="expanded-c"),
+        pytest.param(gemm_args(5, 16, 304, (128, 128), torch.bfloat16, None, 20), id="num_sms"),
         pytest.param((padded, *rows[1:]), id="rows-apart"),
         pytest.param(gemm_args(0, 16, 128), id="no-rows"),
         pytest.param(gemm_args(3, 0, 128), id="no-columns"),

@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <optional>
 
+#include "../common/check.h"
 #include "../common/driver.h"
 #include "../gemm/plan.h"
 #include "backend.h"
@@ -19,17 +21,21 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 Tensor gemm_cuda(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
-                 IntHeaderOnlyArrayRef b_block, ScalarType out_dtype, const std::optional<Tensor>& c) {
+                 IntHeaderOnlyArrayRef b_block, ScalarType out_dtype, const std::optional<Tensor>& c,
+                 std::optional<int64_t> num_sms) {
   gemm::GemmOperands operands{view_of(a),   view_of(a_scale), view_of(b), view_of(b_scale),
                               std::nullopt, b_block[0],       b_block[1], dtype_of(out_dtype)};
   if (c) operands.c = view_of(*c);
   const int device = operands.a.device;
   const bool ready = device >= 0 && gemm_sm90_unusable_reason(device).empty();
-  const gemm::GemmProblem problem = gemm::make_problem(operands, ready ? driver::device(device).num_sms : 1,
+  FASTFP8_CHECK_ARGUMENT(!num_sms || *num_sms >= 1, "gemm", "num_sms", "None or at least 1", *num_sms);
+  const int64_t sms = ready ? driver::device(device).num_sms : 1;
+  const gemm::GemmProblem problem = gemm::make_problem(operands, static_cast<int>(std::min(sms, num_sms.value_or(sms))),
                                                        gemm::Machine::of(ready ? driver::device(device).name : ""));
   if (!ready) {
     using torch::stable::detail::from;
-    StableIValue stack[] = {from(a), from(a_scale), from(b), from(b_scale), from(b_block), from(out_dtype), from(c)};
+    StableIValue stack[] = {from(a),       from(a_scale),   from(b), from(b_scale),
+                            from(b_block), from(out_dtype), from(c), from(num_sms)};
     return call_triton("gemm", "fastfp8::_gemm_triton", device, stack);
   }
   const torch::stable::accelerator::DeviceGuard guard(device);

@@ -7,7 +7,7 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
   library.def("dequantize(Tensor data, Tensor scale, int[2] block, ScalarType dtype=bfloat16) -> Tensor");
   library.def(
       "gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, int[2] b_block=[128, 128], "
-      "ScalarType out_dtype=bfloat16, Tensor? c=None) -> Tensor");
+      "ScalarType out_dtype=bfloat16, Tensor? c=None, int? num_sms=None) -> Tensor");
   // `error`, int32 [1], is where a kernel reports bad offsets or counts (fastfp8/error_word.py); None is nowhere.
   library.def(
       "grouped_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, Tensor(a!)? error, "
@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
   // The same on a CUDA device that is not sm_90, arguments checked already: the ops above hand over to these.
   library.def(
       "_gemm_triton(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, int[2] b_block, ScalarType out_dtype, "
-      "Tensor? c) -> Tensor");
+      "Tensor? c, int? num_sms=None) -> Tensor");
   library.def(
       "_grouped_gemm_triton(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor offsets, Tensor(a!)? error, "
       "ScalarType out_dtype=bfloat16) -> Tensor");

@@ -27,11 +27,12 @@ def gemm(
     *,
     out_dtype: torch.dtype = torch.bfloat16,
     c: Tensor | None = None,
+    num_sms: int | None = None,
 ) -> Tensor:
     """``a @ b.T + c``, of operands in FP8 with fine-grained scales.
 
     For each 128-wide block of K in ascending order: ``partial`` is the tensor core's product of the codes from zero,
-    and ``acc = fma(scale_a * scale_b, partial, acc)`` in FP32. Where N is small and K is large, K is cut into two to
+    and ``acc = fma(scale_a * scale_b, partial, acc)`` in FP32. Where N is small and K is large, K is cut into four or
     eight segments with an ``acc`` of their own, which are added in ascending order: how many depends on N and K alone,
     so that SMs can share a long sum of a few rows. Then ``c`` is added in FP32 and the sum rounded once. The result
     does not depend on M, on the tile or on the number of SMs. On the CPU the product is that of the dequantised
@@ -42,6 +43,8 @@ def gemm(
         b: weights [N, K] in (128, 128) blocks, or a Wgrad operand in (1, 128) blocks. N a multiple of 8.
         out_dtype: bfloat16 or float32.
         c: bfloat16 or float32 [M, N] to add, row-major; an expanded row (stride 0) will do. None adds nothing.
+        num_sms: the most SMs of the GPU to use, at least 1, so that the others are left to a kernel that runs beside
+            this one, as communication does. None uses all. It changes no bit, and means nothing on the CPU.
 
     Returns:
         A row-major tensor [M, N] of ``out_dtype``.
@@ -60,7 +63,9 @@ def gemm(
     check_dtype(out_dtype, _OP, "out_dtype", OUTPUT_DTYPES)
     if c is not None:
         check_tensor(c, _OP, "c", OUTPUT_DTYPES)
-    out: Tensor = torch.ops.fastfp8.gemm(a.data, a.scale, b.data, b.scale, b.block, out_dtype, c)
+    if num_sms is not None and (isinstance(num_sms, bool) or not isinstance(num_sms, int)):
+        raise ArgumentTypeError(message(_OP, "num_sms", "None or an integer", type(num_sms).__name__))
+    out: Tensor = torch.ops.fastfp8.gemm(a.data, a.scale, b.data, b.scale, b.block, out_dtype, c, num_sms)
     return out
 
 
@@ -97,6 +102,7 @@ def _check(
     b_block: Sequence[int],
     out_dtype: torch.dtype,
     c: Tensor | None,
+    num_sms: int | None,
 ) -> Block:
     block = as_block(b_block, _OP, "b_block", B_BLOCKS)
     check_dtype(out_dtype, _OP, "out_dtype", OUTPUT_DTYPES)
@@ -118,6 +124,8 @@ def _check(
         if tuple(c.shape) != (m, n):
             raise value_error(_OP, "c", f"shape {(m, n)}", f"shape {tuple(c.shape)}")
         check_rows(_OP, "c", c)
+    if num_sms is not None and num_sms < 1:
+        raise value_error(_OP, "num_sms", "None or at least 1", str(num_sms))
     return block
 
 
@@ -131,8 +139,9 @@ def _cpu(
     b_block: Sequence[int] = (BLOCK, BLOCK),
     out_dtype: torch.dtype = torch.bfloat16,
     c: Tensor | None = None,
+    num_sms: int | None = None,
 ) -> Tensor:
-    block = _check(a, a_scale, b, b_scale, b_block, out_dtype, c)
+    block = _check(a, a_scale, b, b_scale, b_block, out_dtype, c, num_sms)
     return reference_gemm(a, a_scale, b, b_scale, block, out_dtype, c)
 
 
@@ -146,10 +155,11 @@ def _triton(
     b_block: Sequence[int],
     out_dtype: torch.dtype,
     c: Tensor | None,
+    num_sms: int | None = None,
 ) -> Tensor:
     from ..triton_kernels.gemm import gemm as triton_gemm
 
-    return triton_gemm(a, a_scale, b, b_scale, (b_block[0], b_block[1]), out_dtype, c)
+    return triton_gemm(a, a_scale, b, b_scale, (b_block[0], b_block[1]), out_dtype, c, num_sms)
 
 
 @torch.library.register_fake("fastfp8::gemm")
@@ -161,6 +171,7 @@ def _fake(
     b_block: Sequence[int] = (BLOCK, BLOCK),
     out_dtype: torch.dtype = torch.bfloat16,
     c: Tensor | None = None,
+    num_sms: int | None = None,
 ) -> Tensor:
-    _check(a, a_scale, b, b_scale, b_block, out_dtype, c)
+    _check(a, a_scale, b, b_scale, b_block, out_dtype, c, num_sms)
     return torch.empty((a.shape[0], b.shape[0]), dtype=out_dtype, device=a.device)

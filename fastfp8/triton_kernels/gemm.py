@@ -120,35 +120,38 @@ def gemm_kernel(
     GROUP_M: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ):
-    tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N), GROUP_M)
-    m = tile_m.to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
-    n = tile_n.to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
-    k = tl.arange(0, TILE_K)
-    m_inside, n_inside = m < M, n < N
-    a_tile = a + m[:, None] * a_row_stride + k[None, :]
-    b_tile = b + n[None, :] * b_row_stride + k[:, None]
-    a_factor = a_scale + m * a_scale_m_stride
-    b_factor = b_scale + n // B_BLOCK_ROWS * b_scale_n_stride
+    tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
+    # One tile, or where there are fewer programs than tiles every so manieth.
+    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = tile_at(tile, tiles_m, tiles_n, GROUP_M)
+        m = tile_m.to(tl.int64) * TILE_M + tl.arange(0, TILE_M)
+        n = tile_n.to(tl.int64) * TILE_N + tl.arange(0, TILE_N)
+        k = tl.arange(0, TILE_K)
+        m_inside, n_inside = m < M, n < N
+        a_tile = a + m[:, None] * a_row_stride + k[None, :]
+        b_tile = b + n[None, :] * b_row_stride + k[:, None]
+        a_factor = a_scale + m * a_scale_m_stride
+        b_factor = b_scale + n // B_BLOCK_ROWS * b_scale_n_stride
 
-    total = product(
-        a_tile,
-        b_tile,
-        a_factor,
-        b_factor,
-        m_inside,
-        n_inside,
-        K,
-        a_scale_k_stride,
-        b_scale_k_stride,
-        TILE_M,
-        TILE_N,
-        TILE_K,
-        SEGMENTS,
-    )
-    inside = m_inside[:, None] & n_inside[None, :]
-    if c is not None:
-        total += tl.load(c + m[:, None] * c_row_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + m[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
+        total = product(
+            a_tile,
+            b_tile,
+            a_factor,
+            b_factor,
+            m_inside,
+            n_inside,
+            K,
+            a_scale_k_stride,
+            b_scale_k_stride,
+            TILE_M,
+            TILE_N,
+            TILE_K,
+            SEGMENTS,
+        )
+        inside = m_inside[:, None] & n_inside[None, :]
+        if c is not None:
+            total += tl.load(c + m[:, None] * c_row_stride + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + m[:, None] * N + n[None, :], total.to(out.dtype.element_ty), mask=inside)
 
 
 def gemm(
@@ -159,6 +162,7 @@ def gemm(
     b_block: Block,
     out_dtype: torch.dtype,
     c: Tensor | None,
+    num_sms: int | None = None,
 ) -> Tensor:
     """See :func:`fastfp8.gemm`; arguments are checked already."""
     require_fp8("gemm", a.device)
@@ -167,8 +171,9 @@ def gemm(
     if out.numel() == 0:
         return out
     tile = tile_for(m)
+    tiles = ceil_div(m, tile.m) * ceil_div(n, tile.n)
     with torch.cuda.device_of(a):
-        gemm_kernel[(ceil_div(m, tile.m) * ceil_div(n, tile.n),)](
+        gemm_kernel[(tiles if num_sms is None else min(tiles, num_sms),)](
             a,
             a_scale,
             b,

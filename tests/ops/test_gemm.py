@@ -72,9 +72,12 @@ def calc_diff(x: torch.Tensor, y: np.ndarray) -> float:
 
 
 def segments(n: int, k: int, b_block: tuple[int, int]) -> list[tuple[int, int]]:
-    """First and last k-block of each segment of K: as many as leave each four, and 132 tiles of 64 columns in all."""
+    """First and last k-block of each segment of K: as many as leave each four, and 132 tiles of 64 columns in all.
+
+    Two would be too few to pay.
+    """
     blocks, tiles = -(-k // 128), -(-n // 64)
-    fitting = [s for s in (1, 2, 4, 8) if s == 1 or (b_block != (1, 128) and s * tiles <= 132 and 4 * s <= blocks)]
+    fitting = [s for s in (1, 4, 8) if s == 1 or (b_block != (1, 128) and s * tiles <= 132 and 4 * s <= blocks)]
     count = max(fitting)
     return [(blocks * s // count, blocks * (s + 1) // count) for s in range(count)]
 
@@ -175,6 +178,23 @@ def test_a_row_does_not_depend_on_the_batch(name: str, b_block: tuple[int, int])
         part = ScaledTensor(a.data[first:last], a.scale[first:last], A_BLOCK)
         alone = backend(name).gemm(part, b, out_dtype=torch.float32, c=c[first:last])
         assert_same_bits(alone, whole[first:last], f"rows {first} to {last}")
+
+
+@pytest.mark.parametrize("name", backend_params(BACKENDS))
+def test_the_number_of_sms_changes_no_bit(name: str) -> None:
+    a, b = operands(150, 136, 400, (128, 128))
+    expected = backend(name).gemm(a, b, out_dtype=torch.float32)
+    for num_sms in (1, 2, 1000):
+        out = backend(name).gemm(a, b, out_dtype=torch.float32, num_sms=num_sms)
+        assert_same_bits(out, expected, f"{num_sms} SMs")
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "all"])
+def test_a_number_of_sms_is_an_integer(value: object) -> None:
+    a, b = operands(5, 16, 144, (128, 128))
+    expected = f"argument 'num_sms': expected None or an integer, got {type(value).__name__}"
+    with pytest.raises(TypeError, match=expected):
+        fastfp8.gemm(a, b, num_sms=value)
 
 
 @pytest.mark.parametrize("name", backend_params(BACKENDS))
