@@ -21,9 +21,11 @@ A_BLOCK: Block = (1, BLOCK)
 B_BLOCKS: list[Block] = [(BLOCK, BLOCK), (1, BLOCK)]
 OUT_DTYPES = (torch.bfloat16, torch.float32)
 SPLIT = "64x64 split"
-# For B in blocks only; the wide ones for one segment of K only.
+# The wide ones serve one segment of K only.
 WIDE = ("128x256", "128x256 pair")
-CONFIGS = ("64x64", "64x128", "128x64", "128x128", "128x128 pair", SPLIT, *WIDE)
+SWAPPED = ("16x128", "32x128")
+BLOCK_ONLY = (SPLIT, *WIDE, *SWAPPED)
+CONFIGS = ("64x64", "64x128", "128x64", "128x128", "128x128 pair", *BLOCK_ONLY)
 # The last has four segments of K.
 SHAPES = [(1, 8, 16), (63, 40, 144), (64, 64, 128), (129, 136, 400), (130, 264, 272), (65, 72, 1936)]
 # Elements on either side of `out` that must stay as they are, and what they are.
@@ -109,7 +111,7 @@ def check(a: ScaledTensor, b: ScaledTensor, out_dtype: torch.dtype, c: Tensor | 
 def kernels() -> list[tuple[Block, torch.dtype, str]]:
     """Every kernel that there is."""
     every = itertools.product(B_BLOCKS, OUT_DTYPES, CONFIGS)
-    return [kernel for kernel in every if kernel[2] not in (SPLIT, *WIDE) or kernel[0] == B_BLOCKS[0]]
+    return [kernel for kernel in every if kernel[2] not in BLOCK_ONLY or kernel[0] == B_BLOCKS[0]]
 
 
 def shape_for(shape: tuple[int, int, int], config: str) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ pytestmark = backend_params(["emulator"])[0].marks
 
 B_BLOCK = B_BLOCKS[0]
 OUT_DTYPES = (torch.bfloat16, torch.float32)
-TILES = ("64x128", "128x128", "128x256", "128x256 pair")
+TILES = ("16x128", "32x128", "64x128", "128x128", "128x256", "128x256 pair")
 # Elements on either side of `out`, and rows of no group within it, must stay as they are.
 GUARD, GUARD_VALUE = 64, -77.0
 EDGES = (0, 1, 63, 64, 65, 127, 128, 129)

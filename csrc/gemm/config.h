@@ -23,17 +23,23 @@ enum class BScales : uint8_t { kBlock, kRow };
 // One kernel instance. A tile of 128 rows gives each consumer 64 rows and all columns; one of 64 rows, for small M,
 // gives both all rows and half of the columns each, so that there too one promotes under the other's wgmma.
 //
+// A tile of 16 or 32 rows swaps A and B: wgmma's 64 rows are rows of B, of which each consumer has 64, and its columns
+// are the tile's few rows of A. So no multiplication is spent on rows that are not there, which pays where tensor cores
+// and not loads are what binds. It takes the same sums in the same order: no bit changes.
+//
 // A consumer takes its columns in passes of at most 128, one after the other through the same 64 registers of partial
 // sums: with 256 columns, 128 registers of sums, 64 of partial sums and the rest fit into kConsumerRegisters.
 struct TileShape {
   int m, n;
 
-  constexpr int consumer_columns() const { return m == kWgmmaM ? n / kConsumers : n; }
+  constexpr bool swapped() const { return m < kWgmmaM; }
+  // The columns of wgmma that one consumer has: of the output, or where the operands are swapped its rows.
+  constexpr int consumer_columns() const { return swapped() ? m : m == kWgmmaM ? n / kConsumers : n; }
   constexpr int pass_columns() const { return consumer_columns() < kMaxPass ? consumer_columns() : kMaxPass; }
   constexpr int passes() const { return consumer_columns() / pass_columns(); }
   static constexpr int kMaxPass = 128;  // as many columns as one row of B's block scales serves
-  constexpr int first_row(int consumer) const { return m == kWgmmaM ? 0 : consumer * kWgmmaM; }
-  constexpr int first_column(int consumer) const { return m == kWgmmaM ? consumer * consumer_columns() : 0; }
+  constexpr int first_row(int consumer) const { return m <= kWgmmaM ? 0 : consumer * kWgmmaM; }
+  constexpr int first_column(int consumer) const { return m <= kWgmmaM ? consumer * (n / kConsumers) : 0; }
 };
 
 // How CTAs of a cluster work together. kPair: two take tiles one below the other and load each half of the rows of B
@@ -74,6 +80,11 @@ constexpr int b_box_rows(TileShape tile, int sharers) {
   return rows < TileShape::kMaxPass ? rows : TileShape::kMaxPass;
 }
 
+// Whether output is staged in shared memory and goes from there by TMA.
+constexpr bool stores_by_tma(TileShape tile, DType out, Cluster cluster) {
+  return out == DType::kBF16 && cluster != Cluster::kSplit && !tile.swapped();
+}
+
 // Columns of BF16 output in one TMA store: a row of the box is one swizzle span of 64 or 128 bytes.
 constexpr int out_panel_columns(int pass_columns) { return pass_columns < 64 ? pass_columns : 64; }
 
@@ -108,13 +119,13 @@ struct SharedPlan {
     return a_stage(tile) + b_stage(tile) + a_scales(tile, rows) * 4 + b_scale_stage(tile, scales);
   }
 
-  // As many stages as fit. BF16 output is staged a pass at a time; FP32 output goes from registers to global memory and
-  // needs no staging: see the epilogue.
+  // As many stages as fit. BF16 output is staged a pass at a time; FP32 output, and that of swapped operands, goes from
+  // registers to global memory and needs no staging: see the epilogue.
   static constexpr SharedPlan make(TileShape tile, BScales scales, DType out, Cluster cluster, Rows rows) {
     const int out_bytes = kConsumers * kWgmmaM * tile.pass_columns() *
-                          (cluster == Cluster::kSplit ? 4
-                           : out == DType::kBF16      ? 2
-                                                      : 0);
+                          (cluster == Cluster::kSplit          ? 4
+                           : stores_by_tma(tile, out, cluster) ? 2
+                                                               : 0);
     const int group_bytes = rows == Rows::kGroups ? 2 * kMaxGroups * 4 : 0;
     const int per_stage =
         a_stage(tile) + b_stage(tile) + a_scale_stage(tile, rows) + b_scale_stage(tile, scales) + 2 * 8;

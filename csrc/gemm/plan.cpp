@@ -23,9 +23,10 @@ struct Instance {
       FASTFP8_INSTANCE(SCALES, OUT, STEM, 128, 64, kNone, ""),                                                     \
       FASTFP8_INSTANCE(SCALES, OUT, STEM, 128, 128, kNone, ""),                                                    \
       FASTFP8_INSTANCE(SCALES, OUT, STEM, 128, 128, kPair, "_pair")
-#define FASTFP8_WIDE(OUT, STEM)                                  \
-  FASTFP8_INSTANCE(kBlock, OUT, STEM, 64, 64, kSplit, "_split"), \
-      FASTFP8_INSTANCE(kBlock, OUT, STEM, 128, 256, kNone, ""),  \
+#define FASTFP8_BLOCK_ONLY(OUT, STEM)                                                                               \
+  FASTFP8_INSTANCE(kBlock, OUT, STEM, 16, 128, kNone, ""), FASTFP8_INSTANCE(kBlock, OUT, STEM, 32, 128, kNone, ""), \
+      FASTFP8_INSTANCE(kBlock, OUT, STEM, 64, 64, kSplit, "_split"),                                                \
+      FASTFP8_INSTANCE(kBlock, OUT, STEM, 128, 256, kNone, ""),                                                     \
       FASTFP8_INSTANCE(kBlock, OUT, STEM, 128, 256, kPair, "_pair")
 #define FASTFP8_GROUPED(OUT, STEM, M, N, KIND, SUFFIX) \
   {Rows::kGroups,                                      \
@@ -35,22 +36,19 @@ struct Instance {
    Cluster::KIND,                                      \
    "gemm_" STEM,                                       \
    "gemm_sm90_" STEM "_" #M "x" #N SUFFIX}
-#define FASTFP8_GROUPS(OUT, STEM)                                                                  \
-  FASTFP8_GROUPED(OUT, STEM, 64, 128, kNone, ""), FASTFP8_GROUPED(OUT, STEM, 128, 128, kNone, ""), \
+#define FASTFP8_GROUPS(OUT, STEM)                                                                      \
+  FASTFP8_GROUPED(OUT, STEM, 16, 128, kNone, ""), FASTFP8_GROUPED(OUT, STEM, 32, 128, kNone, ""),      \
+      FASTFP8_GROUPED(OUT, STEM, 64, 128, kNone, ""), FASTFP8_GROUPED(OUT, STEM, 128, 128, kNone, ""), \
       FASTFP8_GROUPED(OUT, STEM, 128, 256, kNone, ""), FASTFP8_GROUPED(OUT, STEM, 128, 256, kPair, "_pair")
 constexpr Instance kInstances[] = {
-    FASTFP8_INSTANCES(kBlock, kBF16, "block_bf16"),
-    FASTFP8_INSTANCES(kBlock, kF32, "block_f32"),
-    FASTFP8_INSTANCES(kRow, kBF16, "row_bf16"),
-    FASTFP8_INSTANCES(kRow, kF32, "row_f32"),
-    FASTFP8_WIDE(kBF16, "block_bf16"),
-    FASTFP8_WIDE(kF32, "block_f32"),
-    FASTFP8_GROUPS(kBF16, "grouped_bf16"),
-    FASTFP8_GROUPS(kF32, "grouped_f32"),
+    FASTFP8_INSTANCES(kBlock, kBF16, "block_bf16"), FASTFP8_INSTANCES(kBlock, kF32, "block_f32"),
+    FASTFP8_INSTANCES(kRow, kBF16, "row_bf16"),     FASTFP8_INSTANCES(kRow, kF32, "row_f32"),
+    FASTFP8_BLOCK_ONLY(kBF16, "block_bf16"),        FASTFP8_BLOCK_ONLY(kF32, "block_f32"),
+    FASTFP8_GROUPS(kBF16, "grouped_bf16"),          FASTFP8_GROUPS(kF32, "grouped_f32"),
 };
 #undef FASTFP8_INSTANCES
 #undef FASTFP8_INSTANCE
-#undef FASTFP8_WIDE
+#undef FASTFP8_BLOCK_ONLY
 #undef FASTFP8_GROUPS
 #undef FASTFP8_GROUPED
 
@@ -113,9 +111,9 @@ LaunchPlan begin_plan(const GemmProblem& problem, const GemmConfig& config) {
 }
 
 LaunchPlan plan_grouped(const GemmProblem& problem, const GemmConfig& config) {
-  const bool bf16 = problem.out == DType::kBF16;
+  const bool by_tma = stores_by_tma(config.tile, problem.out, config.kind);
   LaunchPlan plan = begin_plan(problem, config);
-  plan.add(bf16 ? out_map(problem.m, problem.n, config.tile) : TensorMapSlot{});
+  plan.add(by_tma ? out_map(problem.m, problem.n, config.tile) : TensorMapSlot{});
   plan.add(TensorSlot{"b_scale"});
   plan.add(TensorSlot{"out"});  // by the map where a tile is full, by address where rows behind it are another group's
   plan.add(TensorSlot{"ends"});
@@ -135,7 +133,7 @@ LaunchPlan plan_grouped(const GemmProblem& problem, const GemmConfig& config) {
 LaunchPlan plan(const GemmProblem& problem, const GemmConfig& config) {
   if (problem.groups) return plan_grouped(problem, config);
   const bool by_row = problem.b_scales == BScales::kRow;
-  const bool by_tma = problem.out == DType::kBF16 && config.kind != Cluster::kSplit;
+  const bool by_tma = stores_by_tma(config.tile, problem.out, config.kind);
   LaunchPlan plan = begin_plan(problem, config);
   plan.add(by_row ? scale_map("b_scale", problem.n, problem.k, problem.b_scale_pitch, config.tile.n) : TensorMapSlot{});
   plan.add(by_tma ? out_map(problem.m, problem.n, config.tile) : TensorMapSlot{});

@@ -53,7 +53,8 @@ Cost cost_of(const GemmProblem& problem, const GemmConfig& config) {
   const double wgmma =
       std::max(2.0 * kWgmmaM * columns * 32 / machine.tensor_flops, (kWgmmaM + columns) * 32 / kOperandBytes);
   const double own = kTileK / 32 * wgmma;
-  const double products = problem.b_scales == BScales::kRow ? 2.0 : 1.0;  // FMUL and FFMA, or FFMA
+  const bool a_scale_a_column = problem.b_scales == BScales::kRow || config.tile.swapped();
+  const double products = a_scale_a_column ? 2.0 : 1.0;  // FMUL and FFMA, or FFMA
   const double promotion = products * kWgmmaM * columns / kFp32PerClock;
   cost.tensor = kConsumers * passes * own;
   cost.consumer = passes * (own + promotion + kConsumerOverhead);
@@ -62,7 +63,7 @@ Cost cost_of(const GemmProblem& problem, const GemmConfig& config) {
   cost.latency = machine.latency / config.stages;
   cost.block = std::max({cost.tensor, cost.consumer, cost.from_l2, cost.into_sm, cost.latency});
   cost.fill = machine.latency + cost.block;
-  const double staged = problem.out == DType::kBF16 ? kStagedBytes : kStoredBytes;
+  const double staged = stores_by_tma(config.tile, problem.out, config.kind) ? kStagedBytes : kStoredBytes;
   cost.epilogue = split ? kExchange : passes * kEpilogueFixed + rows_a * config.tile.n * size_of(problem.out) / staged;
   const double clusters = std::max(problem.num_sms / config.cluster, 1);
   cost.waves = static_cast<double>(
@@ -102,6 +103,8 @@ std::string reason_against(const GemmProblem& problem, const GemmConfig& config)
   if (problem.rows() == Rows::kAll && config.tile.n > kNarrowest &&
       config.tile.n >= 2 * round_up(problem.n, kNarrowest))
     return "at least half of each tile lies past N";
+  if (config.tile.swapped() && rows_of_group(problem) > config.tile.m)
+    return "more rows than a tile of swapped operands";
   if (config.tile.m > kWgmmaM && rows_of_group(problem) <= kWgmmaM) return "half of each tile lies past M";
   if (config.kind == Cluster::kPair && rows_of_group(problem) <= config.tile.m) return "half of each pair lies past M";
   if (config.tile.passes() > 1 && config.segments.count > 1) return "no registers for the sums of two segments of K";
@@ -118,7 +121,9 @@ std::vector<Candidate> candidates(const GemmProblem& problem) {
     all.push_back({config, reason_against(problem, config)});
   };
   if (problem.groups) {
-    for (TileShape tile : {TileShape{64, 128}, TileShape{128, 128}, TileShape{128, 256}}) add(tile, Cluster::kNone);
+    for (TileShape tile :
+         {TileShape{16, 128}, TileShape{32, 128}, TileShape{64, 128}, TileShape{128, 128}, TileShape{128, 256}})
+      add(tile, Cluster::kNone);
     add({128, 256}, Cluster::kPair);
     return all;
   }
@@ -126,6 +131,8 @@ std::vector<Candidate> candidates(const GemmProblem& problem) {
   add({128, 128}, Cluster::kPair);
   if (problem.b_scales == BScales::kRow) return all;
   add({64, 64}, Cluster::kSplit);
+  add({16, 128}, Cluster::kNone);
+  add({32, 128}, Cluster::kNone);
   add({128, 256}, Cluster::kNone);
   add({128, 256}, Cluster::kPair);
   return all;

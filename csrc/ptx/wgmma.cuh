@@ -66,6 +66,20 @@ __device__ __forceinline__ void wgmma_m64k32_e4m3<32>(float (&d)[16], uint64_t a
 }
 
 template <>
+__device__ __forceinline__ void wgmma_m64k32_e4m3<16>(float (&d)[8], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %10, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7"
+      "}, %8, %9, p, 1, 1;\n"
+      "}"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
+      : "l"(a), "l"(b), "r"(static_cast<int32_t>(accumulate)));
+}
+
+template <>
 __device__ __forceinline__ void wgmma_m64k32_e4m3<64>(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(
       "{\n"

@@ -1,5 +1,7 @@
 #include "../kernels/gemm_sm90.cuh"
 
+FASTFP8_GEMM_SM90(gemm_sm90_block_f32_16x128, 16, 128, kBlock, kF32, kNone)
+FASTFP8_GEMM_SM90(gemm_sm90_block_f32_32x128, 32, 128, kBlock, kF32, kNone)
 FASTFP8_GEMM_SM90(gemm_sm90_block_f32_64x64, 64, 64, kBlock, kF32, kNone)
 FASTFP8_GEMM_SM90(gemm_sm90_block_f32_64x128, 64, 128, kBlock, kF32, kNone)
 FASTFP8_GEMM_SM90(gemm_sm90_block_f32_128x64, 128, 64, kBlock, kF32, kNone)

@@ -14,6 +14,11 @@ __device__ __forceinline__ float2 load_c(const Arguments& args, int64_t row, int
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
 
+__device__ __forceinline__ float load_c_element(const Arguments& args, int64_t row, int column) {
+  const float2 pair = load_c(args, row, column / 2 * 2);
+  return column % 2 ? pair.y : pair.x;
+}
+
 template <class I>
 struct Epilogue {
   using Acc = Fragment<I::kColumns>;
@@ -34,9 +39,11 @@ struct Epilogue {
   // A tile all of whose K is in acc.
   __device__ __forceinline__ void store(Acc& acc, const Tile& tile) const {
     const int row = tile.row + fragment_row(), column = tile.column + fragment_column();
-    if constexpr (I::kRows == Rows::kAll)
+    if constexpr (I::kRows == Rows::kAll && !I::kSwapped)
       if (args.c != nullptr) add_c(acc, row, column);
-    if constexpr (I::kOut == DType::kBF16) {
+    if constexpr (I::kSwapped) {
+      store_swapped(acc, tile);
+    } else if constexpr (I::kOut == DType::kBF16) {
       const int first_column = tile.column + I::first_column(consumer);
 #pragma unroll
       for (int pass = 0; pass < I::kPasses; ++pass)
@@ -75,6 +82,25 @@ struct Epilogue {
         if (column + 8 * j >= args.n) continue;
         *reinterpret_cast<float2*>(out + 8 * j) = {acc.value[4 * j + 2 * half], acc.value[4 * j + 2 * half + 1]};
       }
+    }
+  }
+
+  // Operands swapped: the fragment's rows are columns of the output. They are so few that each thread writes its own:
+  // eight lanes have eight neighbours of a row.
+  __device__ __forceinline__ void store_swapped(const Acc& acc, const Tile& tile) const {
+    const int first_column = tile.column + I::first_column(consumer) + thread() / 32 * 16 + lane() / 4;
+#pragma unroll
+    for (int v = 0; v < I::kColumns / 2; ++v) {
+      const int row = tile.row + v / 4 * 8 + 2 * (lane() % 4) + v % 2, column = first_column + v / 2 % 2 * 8;
+      if (row >= tile.end || column >= args.n) continue;
+      float value = acc.value[v];
+      if constexpr (I::kRows == Rows::kAll)
+        if (args.c != nullptr) value = __fadd_rn(value, load_c_element(args, row, column));
+      const int64_t offset = static_cast<int64_t>(row) * args.n + column;
+      if constexpr (I::kOut == DType::kBF16)
+        static_cast<uint16_t*>(args.out)[offset] = static_cast<uint16_t>(ptx::bf16x2(value, 0.0f));
+      else
+        static_cast<float*>(args.out)[offset] = value;
     }
   }
 
@@ -141,8 +167,7 @@ struct Epilogue {
 
   // Shared memory must outlive the reads of the last stores.
   __device__ __forceinline__ void drain() const {
-    if (I::kOut == DType::kBF16 && I::kCluster != Cluster::kSplit && thread() < 32 && ptx::elect_one())
-      ptx::bulk_wait_group_read<0>();
+    if (I::kStoresByTma && thread() < 32 && ptx::elect_one()) ptx::bulk_wait_group_read<0>();
   }
 
   // Cluster::kSplit: acc has one segment of K. Each CTA leaves its sums in its shared memory, adds a share of those of

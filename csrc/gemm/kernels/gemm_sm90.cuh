@@ -147,7 +147,7 @@ struct Kernel {
       ptx::prefetch_tensor_map(args.b);
       ptx::prefetch_tensor_map(args.a_scale);
       if (I::kScales == BScales::kRow) ptx::prefetch_tensor_map(args.b_scale);
-      if (I::kOut == DType::kBF16 && !kSplit) ptx::prefetch_tensor_map(args.out_map);
+      if (I::kStoresByTma) ptx::prefetch_tensor_map(args.out_map);
 #pragma unroll
       for (int stage = 0; stage < I::kPlan.stages; ++stage) {
         ptx::mbarrier_init(shared.full(stage), 1);

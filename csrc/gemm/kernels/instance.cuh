@@ -29,6 +29,8 @@ struct Instance {
   static constexpr Cluster kCluster = kClusterOf;
   static constexpr Rows kRows = kRowsOf;
   static constexpr int kColumns = kTile.consumer_columns();
+  static constexpr bool kSwapped = kTile.swapped();
+  static constexpr bool kStoresByTma = stores_by_tma(kTile, kOut, kCluster);
   static constexpr int kPasses = kTile.passes();
   static constexpr int kPassColumns = kTile.pass_columns();
   static constexpr SharedPlan kPlan = SharedPlan::make(kTile, kScales, kOut, kCluster, kRows);
@@ -43,7 +45,8 @@ struct Instance {
   static_assert(kPlan.stages >= 3 && kPlan.bytes <= kMaxShared);
   static_assert(128 % kPassColumns == 0, "a pass takes its B scale from one block of 128 rows");
   static_assert(kPasses == 1 || kScales == BScales::kBlock, "no registers are left for a scale a column");
-  static_assert(kTileM == kWgmmaM || kTileM == kConsumers * kWgmmaM);
+  static_assert(kSwapped ? kScales == BScales::kBlock && kTileN == kConsumers * kWgmmaM
+                         : kTileM == kWgmmaM || kTileM == kConsumers * kWgmmaM);
 };
 
 // Named barriers. 0 is __syncthreads.

@@ -97,6 +97,7 @@ struct Mainloop {
         wait(shared.full(stage), ring.phase);
         const uint32_t a = a_stage_0 + stage * (SharedPlan::a_stage(I::kTile) >> 4);
         const uint32_t b = b_stage_0 + stage * (SharedPlan::b_stage(I::kTile) >> 4);
+        const uint32_t rows = I::kSwapped ? b : a, columns = I::kSwapped ? a : b;
         float row_scale[2];
 #pragma unroll
         for (int pass = 0; pass < I::kPasses; ++pass) {
@@ -106,27 +107,31 @@ struct Mainloop {
 #pragma unroll
           for (int k = 0; k < kTileK / 32; ++k)  // 32 bytes further along K
             ptx::wgmma_m64k32_e4m3<I::kPassColumns>(
-                partial.value, ptx::wgmma_descriptor_k_major_128b(a + 2 * k),
-                ptx::wgmma_descriptor_k_major_128b(b + (pass * I::kPassColumns * kTileK >> 4) + 2 * k), k > 0);
+                partial.value, ptx::wgmma_descriptor_k_major_128b(rows + 2 * k),
+                ptx::wgmma_descriptor_k_major_128b(columns + (pass * I::kPassColumns * kTileK >> 4) + 2 * k), k > 0);
           ptx::wgmma_commit_group();
           // Under the wgmma, and before the stage is given back.
-          if (pass == 0) {
+          float* sums = acc.value + pass * (I::kPassColumns / 2);
+          if (pass == 0 && !I::kSwapped) {
             const float* a_scales = shared.a_scale(stage) + fragment_row;
             row_scale[0] = a_scales[0], row_scale[1] = a_scales[8];
           }
-          float* sums = acc.value + pass * (I::kPassColumns / 2);
-          if constexpr (I::kScales == BScales::kRow) {
-            const float* b_scales = shared.b_scale(stage) + I::first_column(consumer) + 2 * (lane() % 4);
-            float2 column_scale[I::kColumns / 8];
-#pragma unroll
-            for (int j = 0; j < I::kColumns / 8; ++j)
-              column_scale[j] = *reinterpret_cast<const float2*>(b_scales + 8 * j);
-            finish(partial, stage, true);
-            promote(sums, partial, row_scale, column_scale);
-          } else {
+          if constexpr (I::kScales == BScales::kBlock && !I::kSwapped) {
             const float block_scale = block_scales.at(block, pass, lane());
             finish(partial, stage, pass == I::kPasses - 1);
             promote(sums, partial, row_scale, block_scale);
+          } else {  // a scale for each column: of B, or where the operands are swapped of A
+            if constexpr (I::kSwapped) row_scale[0] = row_scale[1] = block_scales.at(block, pass, lane());
+            const float* scales =
+                I::kSwapped ? shared.a_scale(stage) + behind : shared.b_scale(stage) + I::first_column(consumer);
+            float2 column_scale[I::kColumns / 8];
+#pragma unroll
+            for (int j = 0; j < I::kColumns / 8; ++j) {
+              const float* pair = scales + 8 * j + 2 * (lane() % 4);
+              column_scale[j] = {pair[0], pair[1]};
+            }
+            finish(partial, stage, true);
+            promote(sums, partial, row_scale, column_scale);
           }
         }
       }
