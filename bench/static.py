@@ -134,6 +134,20 @@ def grouped_problem(
     return _C.GemmProblem.grouped(a_view, a_scale, b_view, b_scale, end_view, groups, False, out_dtype, num_sms)
 
 
+def wgrad_problem(
+    n: int, k: int, tokens: int, groups: int, out_dtype: str = "float32", num_sms: int = SMS
+) -> _C.GemmProblem:
+    """Weight gradients [n, k] of ``groups`` that share ``tokens``, not accumulated."""
+    operands = []
+    for rows in (n, k):
+        data = torch.empty(rows, tokens, dtype=torch.float8_e4m3fn, device="meta")
+        operands += [_view(data), _view(empty_scale(data, scale_shape(rows, tokens, ROW), ROW))]
+    ends = torch.empty(groups, dtype=torch.int32, device="meta")
+    out = torch.empty(groups * n, k, dtype=getattr(torch, out_dtype), device="meta")
+    grad_t, grad_t_scale, input_t, input_t_scale = operands
+    return _C.GemmProblem.wgrad(grad_t, grad_t_scale, input_t, input_t_scale, _view(ends), _view(out), False, num_sms)
+
+
 def _view(t: torch.Tensor) -> _C.TensorView:
     """At an address that is aligned as the kernels want it."""
     return _C.TensorView(str(t.dtype).removeprefix("torch."), list(t.shape), list(t.stride()), 0, 1 << 20)
@@ -149,6 +163,7 @@ def plans() -> dict[str, _C.LaunchPlan]:
             found |= _plans_of(asked)
     for out_dtype in ("bfloat16", "float32"):
         found |= _plans_of(grouped_problem(2 * BLOCK, 2, 2 * BLOCK, 4 * BLOCK, out_dtype))
+        found |= _plans_of(wgrad_problem(2 * BLOCK, 2 * BLOCK, 8 * BLOCK, 2, out_dtype))
     return found
 
 

@@ -71,6 +71,18 @@ class GemmProblem:
         num_sms: int,
         machine: str = "H100",
     ) -> GemmProblem: ...
+    @staticmethod
+    def wgrad(
+        grad_t: TensorView,
+        grad_t_scale: TensorView,
+        input_t: TensorView,
+        input_t_scale: TensorView,
+        offsets: TensorView,
+        out: TensorView,
+        accumulate: bool,
+        num_sms: int,
+        machine: str = "H100",
+    ) -> GemmProblem: ...
     @property
     def groups(self) -> int: ...
     @property

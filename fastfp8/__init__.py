@@ -7,6 +7,7 @@ from .error_word import check
 from .ops.dequantize import dequantize
 from .ops.gemm import gemm
 from .ops.grouped_gemm import grouped_gemm, masked_grouped_gemm
+from .ops.grouped_wgrad import grouped_wgrad
 from .ops.quantize import quantize
 from .scaled_tensor import ScaledTensor
 
@@ -20,6 +21,7 @@ __all__ = [
     "dequantize",
     "gemm",
     "grouped_gemm",
+    "grouped_wgrad",
     "masked_grouped_gemm",
     "nn",
     "quantize",

@@ -12,7 +12,9 @@ import torch
 from . import _C
 
 KERNELS = Path(__file__).parent / "kernels"
-OPS = ("quantize", "dequantize", "gemm", "grouped_gemm", "masked_grouped_gemm")
+OPS = ("quantize", "dequantize", "gemm", "grouped_gemm", "masked_grouped_gemm", "grouped_wgrad")
+# Those that have a CUDA C++ kernel.
+SM90_OPS = ("gemm", "grouped_gemm", "masked_grouped_gemm", "grouped_wgrad")
 # Triton has conversions to and from e4m3 from this compute capability on.
 FP8_CAPABILITY = (8, 9)
 
@@ -67,6 +69,6 @@ def usable() -> dict[str, dict[str, str]]:
     table: dict[str, dict[str, str]] = {}
     for op in OPS:
         table[op] = {"reference (CPU)": "", "Triton": _triton_reason()}
-        if op.endswith("gemm"):
+        if op in SM90_OPS:
             table[op]["CUDA sm_90a"] = _sm90_reason()
     return table

@@ -12,10 +12,11 @@ from torch import Tensor
 from .errors import ArgumentValueError, message
 
 # The bit of each op that reports, and how a message goes on: op, argument, what was expected.
-OFFSETS, COUNTS = 1, 2
+OFFSETS, COUNTS, TOKEN_OFFSETS = 1, 2, 4
 _MEANINGS = {
     OFFSETS: ("grouped_gemm", "offsets", "ends that ascend from 0 to at most T"),
     COUNTS: ("masked_grouped_gemm", "counts", "counts from 0 to M"),
+    TOKEN_OFFSETS: ("grouped_wgrad", "offsets", "ends that ascend from 0 to at most T"),
 }
 
 _words: dict[torch.device, Tensor] = {}
@@ -44,7 +45,8 @@ def check() -> None:
     """Raise if a kernel has met bad data in device memory since the last call.
 
     What the host cannot see without waiting for the device is not checked before a launch: offsets of
-    :func:`fastfp8.grouped_gemm` and counts of :func:`fastfp8.masked_grouped_gemm`. On a GPU their kernels bring such
+    :func:`fastfp8.grouped_gemm` and :func:`fastfp8.grouped_wgrad`, counts of :func:`fastfp8.masked_grouped_gemm`. On a
+    GPU their kernels bring such
     values into range and go on; this is where to learn of it. It waits for each device on which such an op has run, so
     call it once a step, or while looking for a fault, and not while a CUDA graph is captured.
 

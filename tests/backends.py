@@ -53,6 +53,17 @@ class Backend(Protocol):
         self, a: ScaledTensor, b: ScaledTensor, counts: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
     ) -> Tensor: ...
 
+    def grouped_wgrad(
+        self,
+        grad_t: ScaledTensor,
+        input_t: ScaledTensor,
+        offsets: Tensor,
+        *,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor: ...
+
 
 class Reference:
     """The ops on CPU tensors."""
@@ -62,6 +73,13 @@ class Reference:
     gemm = staticmethod(fastfp8.gemm)
     grouped_gemm = staticmethod(fastfp8.grouped_gemm)
     masked_grouped_gemm = staticmethod(fastfp8.masked_grouped_gemm)
+    grouped_wgrad = staticmethod(fastfp8.grouped_wgrad)
+
+
+def _wgrad_out(grad_t: ScaledTensor, input_t: ScaledTensor, offsets: Tensor, out_dtype: torch.dtype | None) -> Tensor:
+    """What grouped_wgrad makes where it is given no ``out``, full of NaN, so that what is not written shows."""
+    shape = (offsets.shape[0], grad_t.shape[0], input_t.shape[0])
+    return torch.empty(shape, dtype=out_dtype or torch.float32).fill_(float("nan"))
 
 
 class TritonInterpreter:
@@ -73,10 +91,10 @@ class TritonInterpreter:
     def __init__(self) -> None:
         from interpreter import interpreted
 
-        from fastfp8.triton_kernels import dequantize, gemm, grouped_gemm, quantize
+        from fastfp8.triton_kernels import dequantize, gemm, grouped_gemm, grouped_wgrad, quantize
 
         self._quantize, self._dequantize, self._gemm = quantize.quantize, dequantize.dequantize, gemm.gemm
-        self._grouped = grouped_gemm
+        self._grouped, self._wgrad = grouped_gemm, grouped_wgrad.grouped_wgrad
         self._interpreted = interpreted
         self.error = torch.zeros(1, dtype=torch.int32)
 
@@ -111,6 +129,22 @@ class TritonInterpreter:
     ) -> Tensor:
         with self._interpreted():
             return self._grouped.masked_grouped_gemm(a.data, a.scale, b.data, b.scale, counts, self.error, out_dtype)
+
+    def grouped_wgrad(
+        self,
+        grad_t: ScaledTensor,
+        input_t: ScaledTensor,
+        offsets: Tensor,
+        *,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        out = _wgrad_out(grad_t, input_t, offsets, out_dtype) if out is None else out
+        operands = (grad_t.data, grad_t.scale, input_t.data, input_t.scale, offsets)
+        with self._interpreted():
+            self._wgrad(*operands, self.error, out, accumulate)
+        return out
 
 
 def _on_gpu(t: Tensor) -> Tensor:
@@ -157,6 +191,21 @@ class Cuda:
         on_gpu = _scaled_on_gpu(a), _scaled_on_gpu(b), _on_gpu(counts)
         return fastfp8.masked_grouped_gemm(*on_gpu, out_dtype=out_dtype).cpu()
 
+    def grouped_wgrad(
+        self,
+        grad_t: ScaledTensor,
+        input_t: ScaledTensor,
+        offsets: Tensor,
+        *,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        on_gpu = _scaled_on_gpu(grad_t), _scaled_on_gpu(input_t), _on_gpu(offsets)
+        if out is None:
+            return fastfp8.grouped_wgrad(*on_gpu, accumulate=accumulate, out_dtype=out_dtype).cpu()
+        return out.copy_(fastfp8.grouped_wgrad(*on_gpu, out=_on_gpu(out), accumulate=accumulate))
+
 
 class CudaTriton(Cuda):
     """As Cuda, but GEMMs in Triton where Hopper would take the sm_90a kernel."""
@@ -188,6 +237,22 @@ class CudaTriton(Cuda):
         left, right = _scaled_on_gpu(a), _scaled_on_gpu(b)
         operands = (left.data, left.scale, right.data, right.scale, _on_gpu(counts), error_word(left.device))
         return torch.ops.fastfp8._masked_grouped_gemm_triton(*operands, out_dtype).cpu()
+
+    def grouped_wgrad(
+        self,
+        grad_t: ScaledTensor,
+        input_t: ScaledTensor,
+        offsets: Tensor,
+        *,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        out = _wgrad_out(grad_t, input_t, offsets, out_dtype) if out is None else out
+        left, right, written = _scaled_on_gpu(grad_t), _scaled_on_gpu(input_t), _on_gpu(out)
+        operands = (left.data, left.scale, right.data, right.scale, _on_gpu(offsets), error_word(left.device))
+        torch.ops.fastfp8._grouped_wgrad_triton(*operands, written, accumulate)
+        return out.copy_(written)
 
 
 def _view(t: Tensor) -> _C.TensorView:
@@ -246,7 +311,8 @@ class Emulator:
         assert recorder.launches <= 1, "only the last of several launches would run"
         if not recorder.launches:
             return out
-        for written in out if isinstance(out, tuple) else (out,):
+        # What the host function made; one that writes where it is told to returns None.
+        for written in () if out is None else out if isinstance(out, tuple) else (out,):
             span = written.as_strided((written.untyped_storage().nbytes() // written.element_size(),), (1,), 0)
             span.view(torch.uint8).fill_(0xFF)  # NaN, so that what is not written shows
         compiled = recorder.compile(90)
@@ -277,6 +343,28 @@ class Emulator:
         tensors = [_aligned(t) for t in (a.data, a.scale, b.data, b.scale, sizes)]
         host = functools.partial(getattr(module, op), *tensors, self.error, out_dtype)
         return self._run_triton(module, "grouped_gemm_kernel", host)
+
+    def grouped_wgrad(
+        self,
+        grad_t: ScaledTensor,
+        input_t: ScaledTensor,
+        offsets: Tensor,
+        *,
+        out: Tensor | None = None,
+        accumulate: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        from recorder import NO_PROXY_FENCE
+
+        from fastfp8.triton_kernels import grouped_wgrad as module
+
+        if NO_PROXY_FENCE:
+            pytest.skip(NO_PROXY_FENCE)
+        out = _wgrad_out(grad_t, input_t, offsets, out_dtype) if out is None else out
+        tensors = [_aligned(t) for t in (grad_t.data, grad_t.scale, input_t.data, input_t.scale, offsets)]
+        host = functools.partial(module.grouped_wgrad, *tensors, self.error, out, accumulate)
+        self._run_triton(module, "grouped_wgrad_kernel", host)
+        return out
 
     def gemm(
         self,

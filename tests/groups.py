@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastfp8 import ScaledTensor
-from fastfp8.layout import BLOCK, Block, empty_scale, scale_shape_of
+from fastfp8.layout import BLOCK, Block, ceil_div, empty_scale, scale_shape_of
 from fastfp8.reference import tensor_core
 
 NAN_CODE = 0x7F
@@ -64,6 +64,38 @@ def oracle(a: ScaledTensor, b: ScaledTensor, rows: slice, group: int, out_dtype:
     left = part(a, rows)
     given = (left.data, left.scale, b.data[group], b.scale[group], (BLOCK, BLOCK))
     return tensor_core.gemm(*given, out_dtype, None)
+
+
+def token_ends(sizes: Sequence[int]) -> Tensor:
+    """Offsets for grouped_wgrad. An empty group ends in turn where it begins, and where the one before it ends."""
+    ends, end = [], 0
+    for group, size in enumerate(sizes):
+        begin = ceil_div(end, BLOCK) * BLOCK
+        end = begin + size if size or group % 2 else end
+        ends.append(end)
+    return torch.tensor(ends, dtype=torch.int32)
+
+
+def token_blocks(offsets: Tensor) -> list[slice]:
+    """The blocks of 128 tokens of each group."""
+    ends = [ceil_div(end, BLOCK) for end in offsets.tolist()]
+    return [slice(first, last) for first, last in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def blocks_of(t: ScaledTensor, blocks: slice) -> ScaledTensor:
+    """Those blocks of columns of a matrix in (1, 128) blocks, as a view."""
+    return ScaledTensor._trusted(t.data[:, blocks.start * BLOCK : blocks.stop * BLOCK], t.scale[:, blocks], t.block)
+
+
+def in_groups_of_tokens(t: ScaledTensor, offsets: Tensor) -> ScaledTensor:
+    """``t`` [R, T], with zero codes behind each group and NaN codes and scales in blocks of no group."""
+    codes, ends = t.data.view(torch.uint8), offsets.tolist()
+    for end in ends:
+        codes[:, end : ceil_div(end, BLOCK) * BLOCK] = 0
+    unused = ceil_div(ends[-1], BLOCK)
+    codes[:, unused * BLOCK :] = NAN_CODE
+    t.scale[:, unused:] = float("nan")
+    return t
 
 
 @contextlib.contextmanager

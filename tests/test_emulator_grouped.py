@@ -167,7 +167,7 @@ def test_counts_that_no_group_can_have() -> None:
 def test_a_bad_end_in_a_later_chunk_is_reported() -> None:
     ends = [2 * g for g in range(1, 41)]
     clamped = list(ends)
-    ends[37], clamped[37] = 10, clamped[36]
+    ends[32], clamped[32] = 10, clamped[31]  # the first of a chunk: the end before it is in another
     check(80, slices(clamped), ends, 8, 16, torch.float32, error=1)
 
 

@@ -121,6 +121,45 @@ def test_ends_of_groups_may_come_from_the_grid_before(waits: bool) -> None:
     assert all(right) == waits, right
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["as it is", "without waits"])
+def test_a_sum_of_gradients_may_overlap(waits: bool) -> None:
+    """Wgrad of groups that the grid before it says, then the same added to what that one writes."""
+    from emulator import EmulationError, Machine
+    from emulator.plan import prepare_plan
+    from groups import blocks_of, in_groups_of_tokens, scaled, token_blocks
+    from test_emulator_wgrad import problem_of
+
+    ptx = (KERNELS / "gemm_wgrad_f32.ptx").read_text()
+    if not waits:
+        ptx = ptx.replace("griddepcontrol.wait;", "")
+    found, ends = torch.tensor([70, 200], dtype=torch.int32), ENDS.replace(" 100;", " 200;")
+    assert ends != ENDS
+    right = []
+    for seed in SEEDS:
+        a, b = (in_groups_of_tokens(scaled((rows, 208), ROW, seed + rows), found) for rows in (72, 40))
+        offsets, error = torch.zeros(2, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+        out = torch.full((2, 72, 40), float("nan"))
+        tensors = {"a": a.data, "a_scale": a.scale, "b": b.data, "b_scale": b.scale, "ends": offsets, "error": error}
+        machine = Machine(seed)
+        launches = [machine.load(ends)["ends"].prepare(1, 1, args=[offsets])]
+        for accumulate in (False, True):
+            problem = problem_of(a, b, offsets, out.view(-1, 40), accumulate, 3)
+            plan = _C.gemm_plan(problem, _C.gemm_select(problem))
+            launches.append(prepare_plan(plan, tensors | {"out": out.view(-1, 40)}, machine, ptx))
+        try:
+            machine.launch_all(launches)
+        except EmulationError:
+            right.append(False)
+            continue
+        expected = []
+        for blocks in token_blocks(found):
+            left, b_part = blocks_of(a, blocks), blocks_of(b, blocks)
+            parts = (left.data, left.scale, b_part.data, b_part.scale, ROW, torch.float32)
+            expected.append(tensor_core.gemm(*parts, tensor_core.gemm(*parts, None)))
+        right.append(torch.equal(out, torch.stack(expected)))
+    assert all(right) == waits, right
+
+
 def test_every_gemm_may_overlap() -> None:
     """The launch attribute comes from the plan."""
     plans = []

@@ -7,7 +7,7 @@ import torch
 
 import fastfp8
 from fastfp8 import error_word
-from fastfp8.error_word import COUNTS, OFFSETS
+from fastfp8.error_word import COUNTS, OFFSETS, TOKEN_OFFSETS
 
 CPU, FIRST, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 3)
 Words = dict[torch.device, torch.Tensor]
@@ -34,15 +34,17 @@ def test_a_report_is_raised_once(words: Words) -> None:
 
 
 def test_every_op_and_device_is_named(words: Words) -> None:
-    words[FIRST].fill_(OFFSETS | COUNTS)
+    words[FIRST].fill_(OFFSETS | COUNTS | TOKEN_OFFSETS)
     words[OTHER].fill_(COUNTS)
     with pytest.raises(ValueError, match="cuda") as caught:
         fastfp8.check()
-    offsets, counts, other = str(caught.value).split("; ")
+    offsets, counts, tokens, other = str(caught.value).split("; ")
     assert offsets.startswith("fastfp8.grouped_gemm: argument 'offsets'")
     assert "cuda:0" in offsets
     assert counts.startswith("fastfp8.masked_grouped_gemm: argument 'counts'")
     assert "cuda:0" in counts
+    assert tokens.startswith("fastfp8.grouped_wgrad: argument 'offsets'")
+    assert "cuda:0" in tokens
     assert other.startswith("fastfp8.masked_grouped_gemm: argument 'counts'")
     assert "cuda:3" in other
     assert not any(word.item() for word in words.values())
@@ -75,11 +77,12 @@ def test_fake_tensors_make_no_word(words: Words) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        a, b = fastfp8.quantize(torch.ones(5, 16)), fastfp8.quantize(torch.ones(2, 8, 16), (128, 128))
+        a, b = fastfp8.quantize(torch.ones(8, 16)), fastfp8.quantize(torch.ones(2, 8, 16), (128, 128))
         ends = torch.zeros(2, dtype=torch.int32)
-        assert fastfp8.grouped_gemm(a, b, ends).shape == (5, 8)
+        assert fastfp8.grouped_gemm(a, b, ends).shape == (8, 8)
         stack = fastfp8.quantize(torch.ones(2, 5, 16))
         assert fastfp8.masked_grouped_gemm(stack, b, ends).shape == (2, 5, 8)
+        assert fastfp8.grouped_wgrad(a, a, ends, out=torch.ones(2, 8, 8)).shape == (2, 8, 8)
     assert set(words) == {FIRST, OTHER}
 
 

@@ -106,13 +106,50 @@ def grouped_cases(op: str) -> list[Any]:
     ]
 
 
+def wgrad_args(*rest: Any, n: int = 5, k: int = 16, tokens: int = 304) -> tuple[Any, ...]:
+    """The second of three groups is empty. The error word is the first of ``rest``."""
+    left, right = fastfp8.quantize(randn(n, tokens)), fastfp8.quantize(randn(k, tokens))
+    offsets = torch.tensor([min(200, tokens), min(200, tokens), tokens], dtype=torch.int32)
+    return (left.data, left.scale, right.data, right.scale, offsets, *rest)
+
+
+def wgrad_cases() -> list[Any]:
+    return [
+        pytest.param(wgrad_args(None), id="defaults"),
+        pytest.param(wgrad_args(torch.zeros(1, dtype=torch.int32), torch.bfloat16), id="error-word"),
+        pytest.param(wgrad_args(None, n=0), id="no-rows"),
+        pytest.param(wgrad_args(None, tokens=0), id="no-tokens"),
+    ]
+
+
+def wgrad_out_cases() -> list[Any]:
+    """With ``out`` last, which the schema wants by its name."""
+    word = torch.zeros(1, dtype=torch.int32)
+    return [
+        pytest.param(wgrad_args(None, False, torch.zeros(3, 5, 16)), id="overwrites"),
+        pytest.param(wgrad_args(word, True, randn(3, 5, 16).bfloat16()), id="accumulates"),
+        pytest.param(wgrad_args(None, True, randn(3, 5, 16), tokens=0), id="no-tokens"),
+    ]
+
+
 CASES = {
     OPS.quantize.default: quantize_cases(),
     OPS.dequantize.default: dequantize_cases(),
     OPS.gemm.default: gemm_cases(),
     OPS.grouped_gemm.default: grouped_cases("grouped_gemm"),
     OPS.masked_grouped_gemm.default: grouped_cases("masked_grouped_gemm"),
+    OPS.grouped_wgrad.default: wgrad_cases(),
+    OPS.grouped_wgrad.out: wgrad_out_cases(),
 }
+
+
+def split(op: Any, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """``args`` as ``op`` wants them: by name those that its schema has behind the star."""
+    names = [argument.name for argument in op._schema.arguments if argument.kwarg_only]
+    positional = len(args) - len(names)
+    return args[:positional], dict(zip(names, args[positional:], strict=True))
+
+
 every_case = pytest.mark.parametrize(
     ("op", "args"),
     [pytest.param(op, *case.values, id=f"{op._opname}-{case.id}") for op, cases in CASES.items() for case in cases],
@@ -122,7 +159,7 @@ every_case = pytest.mark.parametrize(
 class TestOpcheck:
     @every_case
     def test_op(self, op: Any, args: tuple[Any, ...]) -> None:
-        opcheck(op, args)
+        opcheck(op, *split(op, args))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_input_that_requires_grad(self, dtype: torch.dtype) -> None:
@@ -171,9 +208,14 @@ class TestOpcheck:
 class TestFake:
     @every_case
     def test_metadata(self, op: Any, args: tuple[Any, ...]) -> None:
-        real = op(*args)
+        given, named = split(op, args)
+        real = op(*given, **named)
         with FakeTensorMode() as mode:
-            fake = op(*(mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args))
+            given, named = split(op, tuple(mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args))
+            fake = op(*given, **named)
+        if real is None:
+            assert fake is None
+            return
         pairs = zip(fake, real, strict=True) if isinstance(real, tuple) else [(fake, real)]
         for got, want in pairs:
             assert (got.shape, got.dtype, got.device) == (want.shape, want.dtype, want.device)
@@ -222,6 +264,13 @@ def experts(x: Tensor, w: Tensor, ends: Tensor, counts: Tensor) -> tuple[ScaledT
     return stack, y, fastfp8.masked_grouped_gemm(stack, b, counts)
 
 
+def expert_gradients(dy: Tensor, x: Tensor, ends: Tensor, main_grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all experts, a new tensor and the sum in main_grad, which the op writes."""
+    left, right = (fastfp8.quantize(t, (128, 1)).t().contiguous() for t in (dy, x))
+    fastfp8.grouped_wgrad(left, right, ends, out=main_grad, accumulate=True)
+    return fastfp8.grouped_wgrad(left, right, ends, out_dtype=torch.bfloat16), main_grad * 2
+
+
 def compiled(function: Callable[..., Any], backend: str, dynamic: bool | None) -> Callable[..., Any]:
     torch._dynamo.reset()
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
@@ -258,6 +307,15 @@ class TestCompile:
             args = randn(m, 304, dtype=torch.bfloat16), randn(3, 24, 304), ends, counts
             assert same(function(*args), experts(*args))
 
+    def test_expert_gradients(self, backend: str, dynamic: bool | None) -> None:
+        function = compiled(expert_gradients, backend, dynamic)
+        for tokens in (304, 320, 512):
+            ends = torch.tensor([100, 128, tokens], dtype=torch.int32)
+            args = randn(tokens, 24, dtype=torch.bfloat16), randn(tokens, 16), ends
+            sums, expected = randn(3, 24, 16), randn(3, 24, 16)
+            assert same(function(*args, sums), expert_gradients(*args, expected))
+            assert same(sums, expected)
+
     def test_rebuilt(self, backend: str, dynamic: bool | None) -> None:
         """The constructor's checks and its copy of a scale into its layout trace too."""
         function = compiled(rebuilt, backend, dynamic)
@@ -291,20 +349,25 @@ class TestCompileMore:
 class TestAutograd:
     """No op has a backward, modules define theirs; and torch must not derive one from what the reference is made of."""
 
-    @pytest.mark.parametrize("op", ["quantize", "dequantize", "gemm", "grouped_gemm", "masked_grouped_gemm"])
+    @pytest.mark.parametrize(
+        "op", ["quantize", "dequantize", "gemm", "grouped_gemm", "masked_grouped_gemm", "grouped_wgrad"]
+    )
     def test_backward_warns_and_gives_nothing(self, op: str) -> None:
         x = randn(5, 304).requires_grad_()
         t, w = fastfp8.quantize(randn(5, 304)), fastfp8.quantize(randn(16, 304), (128, 128))
         scale = t.scale.detach().requires_grad_()
-        grouped, masked = (grouped_args(op, None) for op in ("grouped_gemm", "masked_grouped_gemm"))
-        if op in ("grouped_gemm", "masked_grouped_gemm"):
-            scale = (grouped if op == "grouped_gemm" else masked)[1].detach().requires_grad_()
+        of_groups = {name: grouped_args(name, None) for name in ("grouped_gemm", "masked_grouped_gemm")}
+        of_groups["grouped_wgrad"] = wgrad_args(None)
+        if op in of_groups:
+            scale = of_groups[op][1].detach().requires_grad_()
         leaf, out = {
             "quantize": lambda: (x, OPS.quantize(x)[1]),
             "dequantize": lambda: (scale, OPS.dequantize(t.data, scale, t.block, torch.float32)),
             "gemm": lambda: (scale, OPS.gemm(t.data, scale, w.data, w.scale)),
-            "grouped_gemm": lambda: (scale, OPS.grouped_gemm(grouped[0], scale, *grouped[2:])),
-            "masked_grouped_gemm": lambda: (scale, OPS.masked_grouped_gemm(masked[0], scale, *masked[2:])),
+            **{
+                name: lambda name=name, args=args: (scale, getattr(OPS, name)(args[0], scale, *args[2:]))
+                for name, args in of_groups.items()
+            },
         }[op]()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -44,14 +44,13 @@ void* current_stream(int device) {
   return stream;
 }
 
-torch::stable::Tensor call_triton(const char* op, const char* triton_op, int device, StableIValue* stack) {
+void call_triton(const char* op, const char* triton_op, int device, StableIValue* stack) {
   if (!triton_unusable_reason().empty())
     throw std::runtime_error(std::string("fastfp8.") + op + ": no backend can serve cuda:" + std::to_string(device) +
                              ". sm_90a kernel: " + gemm_sm90_unusable_reason(device) +
                              ". Triton: " + triton_unusable_reason());
   if (torch_call_dispatcher(triton_op, "", stack, TORCH_ABI_VERSION) != 0)
     throw std::runtime_error(std::string("fastfp8.") + op + ": the Triton kernel failed; torch has printed why above");
-  return torch::stable::detail::to<torch::stable::Tensor>(stack[0]);
 }
 
 }  // namespace fastfp8

@@ -16,8 +16,8 @@ const std::string& triton_unusable_reason();
 // torch's current stream on the device. Only where the sm_90a kernels can run.
 void* current_stream(int device);
 
-// The op of this name, whose arguments are in the stack and whose only result is a tensor. Raises where no backend can
-// serve the device, with each one's reason.
-torch::stable::Tensor call_triton(const char* op, const char* triton_op, int device, StableIValue* stack);
+// The op of this name, whose arguments are in the stack and then its results. Raises where no backend can serve the
+// device, with each one's reason.
+void call_triton(const char* op, const char* triton_op, int device, StableIValue* stack);
 
 }  // namespace fastfp8

@@ -36,7 +36,8 @@ Tensor gemm_cuda(const Tensor& a, const Tensor& a_scale, const Tensor& b, const 
     using torch::stable::detail::from;
     StableIValue stack[] = {from(a),       from(a_scale),   from(b), from(b_scale),
                             from(b_block), from(out_dtype), from(c), from(num_sms)};
-    return call_triton("gemm", "fastfp8::_gemm_triton", device, stack);
+    call_triton("gemm", "fastfp8::_gemm_triton", device, stack);
+    return torch::stable::detail::to<Tensor>(stack[0]);
   }
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int64_t shape[] = {problem.m, problem.n};

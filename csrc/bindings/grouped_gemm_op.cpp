@@ -36,19 +36,14 @@ Tensor grouped(bool masked, const Tensor& a, const Tensor& a_scale, const Tensor
   if (masked)
     FASTFP8_CHECK_ARGUMENT(a.sizes()[0] == operands.groups, op, "a", "as many groups as 'b' has, " << operands.groups,
                            a.sizes()[0] << " groups");
-  TensorView error_view;
-  if (error) {
-    error_view = view_of(*error);
-    FASTFP8_CHECK_ARGUMENT(error_view.dtype == DType::kI32 && error_view.device == device && error->numel() == 1, op,
-                           "error", "one int32 on the device of 'a'", "another tensor");
-  }
+  const uint64_t error_word = error_address(error, op, "a", device);
   const gemm::GemmProblem problem = gemm::make_problem(operands, ready ? driver::device(device).num_sms : 1,
                                                        gemm::Machine::of(ready ? driver::device(device).name : ""));
   if (!ready) {
     using torch::stable::detail::from;
     StableIValue stack[] = {from(a), from(a_scale), from(b), from(b_scale), from(ends), from(error), from(out_dtype)};
-    return call_triton(op, masked ? "fastfp8::_masked_grouped_gemm_triton" : "fastfp8::_grouped_gemm_triton", device,
-                       stack);
+    call_triton(op, masked ? "fastfp8::_masked_grouped_gemm_triton" : "fastfp8::_grouped_gemm_triton", device, stack);
+    return torch::stable::detail::to<Tensor>(stack[0]);
   }
   const torch::stable::accelerator::DeviceGuard guard(device);
   const int64_t matrices[] = {operands.groups, problem.group_rows, problem.n}, rows[] = {problem.m, problem.n};
@@ -63,7 +58,7 @@ Tensor grouped(bool masked, const Tensor& a, const Tensor& a_scale, const Tensor
       {"b_scale", operands.b_scale.address},
       {"out", reinterpret_cast<uint64_t>(out.data_ptr())},
       {"ends", operands.group_ends.address},
-      {"error", error ? error_view.address : 0},
+      {"error", error_word},
   };
   driver::launch(gemm::plan(problem, gemm::select(problem)), bindings, 7, current_stream(device));
   return out;

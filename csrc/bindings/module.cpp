@@ -103,6 +103,17 @@ void bind_gemm(py::module_& module) {
           py::arg("a"), py::arg("a_scale"), py::arg("b"), py::arg("b_scale"), py::arg("ends"), py::arg("groups"),
           py::arg("masked"), py::arg("out_dtype"), py::arg("num_sms"), py::arg("machine") = "H100",
           "Rows of A in groups, each by a B of its own; tensors of three dimensions flattened to two.")
+      .def_static(
+          "wgrad",
+          [](const TensorView& grad_t, const TensorView& grad_t_scale, const TensorView& input_t,
+             const TensorView& input_t_scale, const TensorView& offsets, const TensorView& out, bool accumulate,
+             int num_sms, const std::string& machine) {
+            return make_problem(WgradOperands{grad_t, grad_t_scale, input_t, input_t_scale, offsets, out, accumulate},
+                                num_sms, Machine::named(machine));
+          },
+          py::arg("grad_t"), py::arg("grad_t_scale"), py::arg("input_t"), py::arg("input_t_scale"), py::arg("offsets"),
+          py::arg("out"), py::arg("accumulate"), py::arg("num_sms"), py::arg("machine") = "H100",
+          "K in groups, each with an output of its own; out [G, N, K] flattened to two dimensions.")
       .def_readonly("m", &GemmProblem::m)
       .def_readonly("groups", &GemmProblem::groups)
       .def_readonly("group_rows", &GemmProblem::group_rows)

@@ -15,6 +15,13 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
   library.def(
       "masked_grouped_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor counts, Tensor(a!)? error, "
       "ScalarType out_dtype=bfloat16) -> Tensor");
+  library.def(
+      "grouped_wgrad(Tensor grad_t, Tensor grad_t_scale, Tensor input_t, Tensor input_t_scale, Tensor offsets, "
+      "Tensor(a!)? error, ScalarType out_dtype=float) -> Tensor");
+  // Returns nothing, as torch.compile wants it of an op that writes an argument.
+  library.def(
+      "grouped_wgrad.out(Tensor grad_t, Tensor grad_t_scale, Tensor input_t, Tensor input_t_scale, Tensor offsets, "
+      "Tensor(a!)? error, bool accumulate=False, *, Tensor(b!) out) -> ()");
   // The same on a CUDA device that is not sm_90, arguments checked already: the ops above hand over to these.
   library.def(
       "_gemm_triton(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, int[2] b_block, ScalarType out_dtype, "
@@ -25,4 +32,7 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
   library.def(
       "_masked_grouped_gemm_triton(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor counts, "
       "Tensor(a!)? error, ScalarType out_dtype=bfloat16) -> Tensor");
+  library.def(
+      "_grouped_wgrad_triton(Tensor grad_t, Tensor grad_t_scale, Tensor input_t, Tensor input_t_scale, Tensor offsets, "
+      "Tensor(a!)? error, Tensor(b!) out, bool accumulate) -> ()");
 }

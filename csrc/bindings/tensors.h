@@ -2,6 +2,8 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
+
 #include "../common/check.h"
 #include "../common/tensor_view.h"
 
@@ -47,6 +49,16 @@ inline TensorView flattened(const torch::stable::Tensor& tensor, const char* op,
   view.sizes = {sizes[0] * sizes[1], sizes[2]};
   view.strides = {sizes[1] == 1 ? strides[0] : strides[1], strides[2]};
   return view;
+}
+
+// The address of the error word, null where there is none. `device` is that of argument `first`.
+inline uint64_t error_address(const std::optional<torch::stable::Tensor>& error, const char* op, const char* first,
+                              int device) {
+  if (!error) return 0;
+  const TensorView view = view_of(*error);
+  FASTFP8_CHECK_ARGUMENT(view.dtype == DType::kI32 && view.device == device && error->numel() == 1, op, "error",
+                         "one int32 on the device of '" << first << "'", "another tensor");
+  return view.address;
 }
 
 }  // namespace fastfp8

@@ -46,11 +46,12 @@ struct TileShape {
 // that both need. kSplit: all take one tile, and each a segment of K.
 enum class Cluster : uint8_t { kNone, kPair, kSplit };
 
-// kAll: a dense product. kGroups: each group of rows has a B of its own.
-enum class Rows : uint8_t { kAll, kGroups };
+// kNone: a dense product. kRows: each group of rows of A has a B of its own. kDepth: each group of k-blocks has an
+// output of its own (Wgrad).
+enum class Grouping : uint8_t { kNone, kRows, kDepth };
 
 constexpr int kMaxGroups = 1024;
-constexpr int kBadEnds = 1, kBadCounts = 2;  // bits of the error word (fastfp8/error_word.py)
+constexpr int kBadEnds = 1, kBadCounts = 2, kBadTokenEnds = 4;  // bits of the error word (fastfp8/error_word.py)
 
 // K is cut into segments whose sums are added in ascending order: that is part of an output's value, so it depends on N
 // and K alone, never on M or the GPU. Whether the CTAs of a cluster take a segment each or one CTA takes them all is
@@ -92,8 +93,9 @@ constexpr int out_panel_columns(int pass_columns) { return pass_columns < 64 ? p
 // lies s * (its bytes per stage) further on. full[s]: the producer's arrival plus the bytes of the stage; empty[s]: one
 // arrival of each consumer warp of the cluster.
 //
-// In kGroups, a tile may begin at any row, but a load of scales only at a multiple of four of them (16 bytes): up to
-// three more come along, and the tile's own begin behind them. `groups` holds the ends of rows and of tiles.
+// In Grouping::kRows, a tile may begin at any row, but a load of scales only at a multiple of four of them (16 bytes):
+// up to three more come along, and the tile's own begin behind them. `groups` holds the ends of rows and of tiles, in
+// kDepth those of k-blocks.
 //
 // In kSplit, `out` holds this CTA's partial sums in FP32 for its peers to read; ready and drained guard it: on ready
 // each CTA of the tile arrives when its sums are there, on drained when it has read those here.
@@ -105,30 +107,30 @@ struct SharedPlan {
   static constexpr int a_stage(TileShape tile) { return tile.m * kTileK; }
   static constexpr int b_stage(TileShape tile) { return tile.n * kTileK; }
   static constexpr int kScaleAlignment = 4;  // floats
-  static constexpr int a_scales(TileShape tile, Rows rows) {
-    return tile.m + (rows == Rows::kGroups ? kScaleAlignment : 0);
+  static constexpr int a_scales(TileShape tile, Grouping grouping) {
+    return tile.m + (grouping == Grouping::kRows ? kScaleAlignment : 0);
   }
-  static constexpr int a_scale_stage(TileShape tile, Rows rows) {
-    return (a_scales(tile, rows) * 4 + 127) / 128 * 128;  // TMA writes at multiples of 128 bytes
+  static constexpr int a_scale_stage(TileShape tile, Grouping grouping) {
+    return (a_scales(tile, grouping) * 4 + 127) / 128 * 128;  // TMA writes at multiples of 128 bytes
   }
   static constexpr int b_scale_stage(TileShape tile, BScales scales) {
     return scales == BScales::kRow ? tile.n * 4 : 0;
   }
   // Bytes that one stage's TMA loads complete on full[s].
-  static constexpr int stage_bytes(TileShape tile, BScales scales, Rows rows) {
-    return a_stage(tile) + b_stage(tile) + a_scales(tile, rows) * 4 + b_scale_stage(tile, scales);
+  static constexpr int stage_bytes(TileShape tile, BScales scales, Grouping grouping) {
+    return a_stage(tile) + b_stage(tile) + a_scales(tile, grouping) * 4 + b_scale_stage(tile, scales);
   }
 
   // As many stages as fit. BF16 output is staged a pass at a time; FP32 output, and that of swapped operands, goes from
   // registers to global memory and needs no staging: see the epilogue.
-  static constexpr SharedPlan make(TileShape tile, BScales scales, DType out, Cluster cluster, Rows rows) {
+  static constexpr SharedPlan make(TileShape tile, BScales scales, DType out, Cluster cluster, Grouping grouping) {
     const int out_bytes = kConsumers * kWgmmaM * tile.pass_columns() *
                           (cluster == Cluster::kSplit          ? 4
                            : stores_by_tma(tile, out, cluster) ? 2
                                                                : 0);
-    const int group_bytes = rows == Rows::kGroups ? 2 * kMaxGroups * 4 : 0;
+    const int group_bytes = kMaxGroups * 4 * (grouping == Grouping::kRows ? 2 : grouping == Grouping::kDepth ? 1 : 0);
     const int per_stage =
-        a_stage(tile) + b_stage(tile) + a_scale_stage(tile, rows) + b_scale_stage(tile, scales) + 2 * 8;
+        a_stage(tile) + b_stage(tile) + a_scale_stage(tile, grouping) + b_scale_stage(tile, scales) + 2 * 8;
     const int fit = (kMaxShared - out_bytes - group_bytes - 2 * 8) / per_stage;
     const int stages = fit < kMaxStages ? fit : kMaxStages;
     SharedPlan plan{};
@@ -137,7 +139,7 @@ struct SharedPlan {
     plan.b = plan.a + stages * a_stage(tile);
     plan.out = plan.b + stages * b_stage(tile);
     plan.a_scale = plan.out + out_bytes;
-    plan.b_scale = plan.a_scale + stages * a_scale_stage(tile, rows);
+    plan.b_scale = plan.a_scale + stages * a_scale_stage(tile, grouping);
     plan.groups = plan.b_scale + stages * b_scale_stage(tile, scales);
     plan.full = plan.groups + group_bytes;
     plan.empty = plan.full + stages * 8;

@@ -7,7 +7,7 @@ namespace fastfp8::gemm {
 namespace {
 
 struct Instance {
-  Rows rows;
+  Grouping grouping;
   BScales b_scales;
   DType out;
   TileShape tile;
@@ -17,7 +17,13 @@ struct Instance {
 
 // Every kernel that csrc/gemm/instantiations defines.
 #define FASTFP8_INSTANCE(SCALES, OUT, STEM, M, N, KIND, SUFFIX) \
-  {Rows::kAll, BScales::SCALES, DType::OUT, {M, N}, Cluster::KIND, "gemm_" STEM, "gemm_sm90_" STEM "_" #M "x" #N SUFFIX}
+  {Grouping::kNone,                                             \
+   BScales::SCALES,                                             \
+   DType::OUT,                                                  \
+   {M, N},                                                      \
+   Cluster::KIND,                                               \
+   "gemm_" STEM,                                                \
+   "gemm_sm90_" STEM "_" #M "x" #N SUFFIX}
 #define FASTFP8_INSTANCES(SCALES, OUT, STEM)                                                                       \
   FASTFP8_INSTANCE(SCALES, OUT, STEM, 64, 64, kNone, ""), FASTFP8_INSTANCE(SCALES, OUT, STEM, 64, 128, kNone, ""), \
       FASTFP8_INSTANCE(SCALES, OUT, STEM, 128, 64, kNone, ""),                                                     \
@@ -29,7 +35,7 @@ struct Instance {
       FASTFP8_INSTANCE(kBlock, OUT, STEM, 128, 256, kNone, ""),                                                     \
       FASTFP8_INSTANCE(kBlock, OUT, STEM, 128, 256, kPair, "_pair")
 #define FASTFP8_GROUPED(OUT, STEM, M, N, KIND, SUFFIX) \
-  {Rows::kGroups,                                      \
+  {Grouping::kRows,                                    \
    BScales::kBlock,                                    \
    DType::OUT,                                         \
    {M, N},                                             \
@@ -40,12 +46,23 @@ struct Instance {
   FASTFP8_GROUPED(OUT, STEM, 16, 128, kNone, ""), FASTFP8_GROUPED(OUT, STEM, 32, 128, kNone, ""),      \
       FASTFP8_GROUPED(OUT, STEM, 64, 128, kNone, ""), FASTFP8_GROUPED(OUT, STEM, 128, 128, kNone, ""), \
       FASTFP8_GROUPED(OUT, STEM, 128, 256, kNone, ""), FASTFP8_GROUPED(OUT, STEM, 128, 256, kPair, "_pair")
+#define FASTFP8_DEPTH(OUT, STEM, KIND, SUFFIX) \
+  {Grouping::kDepth,                           \
+   BScales::kRow,                              \
+   DType::OUT,                                 \
+   {128, 128},                                 \
+   Cluster::KIND,                              \
+   "gemm_" STEM,                               \
+   "gemm_sm90_" STEM "_128x128" SUFFIX}
 constexpr Instance kInstances[] = {
     FASTFP8_INSTANCES(kBlock, kBF16, "block_bf16"), FASTFP8_INSTANCES(kBlock, kF32, "block_f32"),
     FASTFP8_INSTANCES(kRow, kBF16, "row_bf16"),     FASTFP8_INSTANCES(kRow, kF32, "row_f32"),
     FASTFP8_BLOCK_ONLY(kBF16, "block_bf16"),        FASTFP8_BLOCK_ONLY(kF32, "block_f32"),
     FASTFP8_GROUPS(kBF16, "grouped_bf16"),          FASTFP8_GROUPS(kF32, "grouped_f32"),
+    FASTFP8_DEPTH(kBF16, "wgrad_bf16", kNone, ""),  FASTFP8_DEPTH(kBF16, "wgrad_bf16", kPair, "_pair"),
+    FASTFP8_DEPTH(kF32, "wgrad_f32", kNone, ""),    FASTFP8_DEPTH(kF32, "wgrad_f32", kPair, "_pair"),
 };
+#undef FASTFP8_DEPTH
 #undef FASTFP8_INSTANCES
 #undef FASTFP8_INSTANCE
 #undef FASTFP8_BLOCK_ONLY
@@ -54,7 +71,7 @@ constexpr Instance kInstances[] = {
 
 const Instance& find_instance(const GemmProblem& problem, const GemmConfig& config) {
   for (const Instance& instance : kInstances) {
-    if (instance.rows == problem.rows() && instance.b_scales == problem.b_scales && instance.out == problem.out &&
+    if (instance.grouping == problem.grouping && instance.b_scales == problem.b_scales && instance.out == problem.out &&
         instance.tile.m == config.tile.m && instance.tile.n == config.tile.n && instance.kind == config.kind)
       return instance;
   }
@@ -92,7 +109,7 @@ TensorMapSlot out_map(int m, int n, TileShape tile) {
            columns == 64 ? Swizzle::k128B : Swizzle::k64B}};
 }
 
-// Both entries begin with these (kernels/gemm_sm90.cuh).
+// All entries begin with these (kernels/gemm_sm90.cuh).
 LaunchPlan begin_plan(const GemmProblem& problem, const GemmConfig& config) {
   if (problem.m == 0 || problem.n == 0 || problem.k == 0)
     throw std::logic_error("nothing to launch for " + problem.str());
@@ -101,12 +118,12 @@ LaunchPlan begin_plan(const GemmProblem& problem, const GemmConfig& config) {
   LaunchPlan plan{};
   plan.module = instance.module, plan.kernel = instance.kernel;
   plan.grid = {config.grid, 1, 1}, plan.block = {kThreads, 1, 1}, plan.cluster = {config.cluster, 1, 1};
-  plan.shared_bytes = SharedPlan::make(config.tile, problem.b_scales, problem.out, config.kind, problem.rows()).bytes;
+  plan.shared_bytes = SharedPlan::make(config.tile, problem.b_scales, problem.out, config.kind, problem.grouping).bytes;
   plan.overlaps = true;
   plan.add(codes_map("a", problem.m, problem.k, problem.a_pitch, config.tile.m));
-  plan.add(codes_map("b", problem.n * std::max(problem.groups, 1), problem.k, problem.b_pitch, b_rows));
+  plan.add(codes_map("b", problem.n * problem.row_groups(), problem.k, problem.b_pitch, b_rows));
   plan.add(scale_map("a_scale", problem.m, problem.k, problem.a_scale_pitch,
-                     SharedPlan::a_scales(config.tile, problem.rows())));
+                     SharedPlan::a_scales(config.tile, problem.grouping)));
   return plan;
 }
 
@@ -128,10 +145,29 @@ LaunchPlan plan_grouped(const GemmProblem& problem, const GemmConfig& config) {
   return plan;
 }
 
+LaunchPlan plan_depth(const GemmProblem& problem, const GemmConfig& config) {
+  LaunchPlan plan = begin_plan(problem, config);
+  plan.add(scale_map("b_scale", problem.n, problem.k, problem.b_scale_pitch, config.tile.n));
+  plan.add(problem.out == DType::kBF16 ? out_map(problem.groups * problem.m, problem.n, config.tile) : TensorMapSlot{});
+  plan.add(TensorSlot{"out"});  // as in plan_grouped, and to accumulate
+  plan.add(TensorSlot{"ends"});
+  plan.add(TensorSlot{"error"});
+  plan.add(int32_t{problem.c.has_value()});
+  plan.add(int32_t{problem.groups});
+  plan.add(int32_t{problem.m});
+  plan.add(int32_t{problem.n});
+  plan.add(int32_t{problem.k});
+  plan.add(int32_t{config.order.tiles_m});
+  plan.add(int32_t{config.order.tiles_n});
+  plan.add(int32_t{config.order.band});
+  return plan;
+}
+
 }  // namespace
 
 LaunchPlan plan(const GemmProblem& problem, const GemmConfig& config) {
-  if (problem.groups) return plan_grouped(problem, config);
+  if (problem.grouping == Grouping::kRows) return plan_grouped(problem, config);
+  if (problem.grouping == Grouping::kDepth) return plan_depth(problem, config);
   const bool by_row = problem.b_scales == BScales::kRow;
   const bool by_tma = stores_by_tma(config.tile, problem.out, config.kind);
   LaunchPlan plan = begin_plan(problem, config);

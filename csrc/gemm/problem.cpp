@@ -10,11 +10,19 @@ namespace {
 
 constexpr int64_t kAlignment = 16;  // bytes: of addresses and of row pitches, for TMA
 
-void check_tensor(const char* op, const char* name, const TensorView& tensor, DType dtype, int device) {
+// What an op calls its operands and their extents.
+struct Names {
+  const char *op, *a, *a_scale, *b, *b_scale, *n, *k;
+};
+constexpr Names names_of_gemm(const char* op) { return {op, "a", "a_scale", "b", "b_scale", "N", "K"}; }
+
+// `device` is that of argument `first`.
+void check_tensor(const char* op, const char* name, const TensorView& tensor, DType dtype, int device,
+                  const char* first = "a") {
   FASTFP8_CHECK_ARGUMENT(tensor.dtype == dtype, op, name, "dtype " << name_of(dtype), name_of(tensor.dtype));
   FASTFP8_CHECK_ARGUMENT(tensor.dim == 2, op, name, "2 dimensions", tensor.dim);
   FASTFP8_CHECK_ARGUMENT(
-      tensor.device == device, op, name, "a tensor on the device of 'a' (cuda:" << device << ")",
+      tensor.device == device, op, name, "a tensor on the device of '" << first << "' (cuda:" << device << ")",
       (tensor.device < 0 ? "one that is not on a CUDA device" : "one on cuda:" + std::to_string(tensor.device)));
   FASTFP8_CHECK_ARGUMENT(tensor.address % kAlignment == 0, op, name, "data at a multiple of 16 bytes",
                          "an address " << tensor.address % kAlignment << " bytes past one");
@@ -61,32 +69,49 @@ int64_t check_block_scale(const char* op, const char* name, const TensorView& sc
 }
 
 // What dense and grouped products ask of A, B and their scales. n is that of one of `matrices` of B.
-GemmProblem check_operands(const char* op, const TensorView& a, const TensorView& a_scale, const TensorView& b,
+GemmProblem check_operands(const Names& names, const TensorView& a, const TensorView& a_scale, const TensorView& b,
                            const TensorView& b_scale, BScales b_scales, DType out, int64_t matrices = 1) {
+  const char* op = names.op;
   FASTFP8_CHECK_ARGUMENT(out == DType::kBF16 || out == DType::kF32, op, "out_dtype", "bfloat16 or float32",
                          name_of(out));
-  FASTFP8_CHECK_ARGUMENT(a.device >= 0, op, "a", "a tensor on a CUDA device", "one elsewhere");
-  check_tensor(op, "a", a, DType::kE4M3, a.device);
-  check_tensor(op, "a_scale", a_scale, DType::kF32, a.device);
-  check_tensor(op, "b", b, DType::kE4M3, a.device);
-  check_tensor(op, "b_scale", b_scale, DType::kF32, a.device);
+  FASTFP8_CHECK_ARGUMENT(a.device >= 0, op, names.a, "a tensor on a CUDA device", "one elsewhere");
+  check_tensor(op, names.a, a, DType::kE4M3, a.device, names.a);
+  check_tensor(op, names.a_scale, a_scale, DType::kF32, a.device, names.a);
+  check_tensor(op, names.b, b, DType::kE4M3, a.device, names.a);
+  check_tensor(op, names.b_scale, b_scale, DType::kF32, a.device, names.a);
   const int64_t m = a.sizes[0], k = a.sizes[1], n = b.sizes[0] / matrices;
-  FASTFP8_CHECK_ARGUMENT(b.sizes[1] == k, op, "b", "K = " << k << " columns, as 'a' has",
+  FASTFP8_CHECK_ARGUMENT(b.sizes[1] == k, op, names.b, names.k << " = " << k << " columns, as '" << names.a << "' has",
                          "shape " << PrintPair{b.sizes});
-  FASTFP8_CHECK_ARGUMENT(k % 16 == 0, op, "a", "K a multiple of 16", "K = " << k);
-  FASTFP8_CHECK_ARGUMENT(n % 8 == 0, op, "b", "N a multiple of 8", "N = " << n);
+  FASTFP8_CHECK_ARGUMENT(k % 16 == 0, op, names.a, names.k << " a multiple of 16", names.k << " = " << k);
+  FASTFP8_CHECK_ARGUMENT(n % 8 == 0, op, names.b, names.n << " a multiple of 8", names.n << " = " << n);
   GemmProblem problem{};
   problem.m = static_cast<int>(m), problem.n = static_cast<int>(n), problem.k = static_cast<int>(k);
   problem.b_scales = b_scales, problem.out = out;
-  problem.a_pitch = check_row_major(op, "a", a);
-  problem.b_pitch = check_row_major(op, "b", b);
-  FASTFP8_CHECK_ARGUMENT(problem.a_pitch >= k, op, "a", "rows that do not overlap", "stride " << PrintPair{a.strides});
-  FASTFP8_CHECK_ARGUMENT(problem.b_pitch >= k, op, "b", "rows that do not overlap", "stride " << PrintPair{b.strides});
+  problem.a_pitch = check_row_major(op, names.a, a);
+  problem.b_pitch = check_row_major(op, names.b, b);
+  FASTFP8_CHECK_ARGUMENT(problem.a_pitch >= k, op, names.a, "rows that do not overlap",
+                         "stride " << PrintPair{a.strides});
+  FASTFP8_CHECK_ARGUMENT(problem.b_pitch >= k, op, names.b, "rows that do not overlap",
+                         "stride " << PrintPair{b.strides});
   const int64_t k_blocks = ceil_div(k, kTileK);
-  problem.a_scale_pitch = check_row_scale(op, "a_scale", a_scale, m, k_blocks);
-  problem.b_scale_pitch = b_scales == BScales::kRow ? check_row_scale(op, "b_scale", b_scale, n, k_blocks)
-                                                    : check_block_scale(op, "b_scale", b_scale, n, k_blocks, matrices);
+  problem.a_scale_pitch = check_row_scale(op, names.a_scale, a_scale, m, k_blocks);
+  problem.b_scale_pitch = b_scales == BScales::kRow
+                              ? check_row_scale(op, names.b_scale, b_scale, n, k_blocks)
+                              : check_block_scale(op, names.b_scale, b_scale, n, k_blocks, matrices);
   return problem;
+}
+
+// Ends of groups, or counts of their rows: read by ordinary loads, so that any address will do.
+void check_ends(const char* op, const char* name, const TensorView& ends, int64_t groups, int device,
+                const char* first) {
+  FASTFP8_CHECK_ARGUMENT(ends.dtype == DType::kI32, op, name, "dtype int32", name_of(ends.dtype));
+  FASTFP8_CHECK_ARGUMENT(ends.dim == 1 && ends.sizes[0] == groups, op, name,
+                         "one number for each of " << groups << " groups",
+                         ends.dim << " dimensions, the first of " << ends.sizes[0]);
+  FASTFP8_CHECK_ARGUMENT(groups <= 1 || ends.strides[0] == 1, op, name, "a contiguous tensor",
+                         "stride " << ends.strides[0]);
+  FASTFP8_CHECK_ARGUMENT(ends.device == device, op, name, "a tensor on the device of '" << first << "'",
+                         "one elsewhere");
 }
 
 }  // namespace
@@ -97,7 +122,7 @@ GemmProblem make_problem(const GemmOperands& operands, int num_sms, const Machin
   FASTFP8_CHECK_ARGUMENT(operands.b_block_columns == 128 && (by_row || operands.b_block_rows == 128), kOp, "b_block",
                          "(128, 128) or (1, 128)",
                          "(" << operands.b_block_rows << ", " << operands.b_block_columns << ")");
-  GemmProblem problem = check_operands(kOp, operands.a, operands.a_scale, operands.b, operands.b_scale,
+  GemmProblem problem = check_operands(names_of_gemm(kOp), operands.a, operands.a_scale, operands.b, operands.b_scale,
                                        by_row ? BScales::kRow : BScales::kBlock, operands.out);
   if (operands.c) {
     const TensorView& c = *operands.c;
@@ -123,17 +148,39 @@ GemmProblem make_problem(const GroupedOperands& operands, int num_sms, const Mac
   const int64_t groups = operands.groups;
   FASTFP8_CHECK_ARGUMENT(groups >= 1 && groups <= kMaxGroups, op, "b", "1 to " << kMaxGroups << " groups",
                          groups << " groups");
-  GemmProblem problem =
-      check_operands(op, a, operands.a_scale, b, operands.b_scale, BScales::kBlock, operands.out, groups);
-  FASTFP8_CHECK_ARGUMENT(ends.dtype == DType::kI32, op, operands.ends, "dtype int32", name_of(ends.dtype));
-  FASTFP8_CHECK_ARGUMENT(ends.dim == 1 && ends.sizes[0] == groups, op, operands.ends,
-                         "one number for each of " << groups << " groups",
-                         ends.dim << " dimensions, the first of " << ends.sizes[0]);
-  FASTFP8_CHECK_ARGUMENT(groups <= 1 || ends.strides[0] == 1, op, operands.ends, "a contiguous tensor",
-                         "stride " << ends.strides[0]);
-  FASTFP8_CHECK_ARGUMENT(ends.device == a.device, op, operands.ends, "a tensor on the device of 'a'", "one elsewhere");
+  GemmProblem problem = check_operands(names_of_gemm(op), a, operands.a_scale, b, operands.b_scale, BScales::kBlock,
+                                       operands.out, groups);
+  check_ends(op, operands.ends, ends, groups, a.device, "a");
+  problem.grouping = Grouping::kRows;
   problem.groups = static_cast<int>(groups);
   problem.group_rows = operands.masked ? problem.m / problem.groups : 0;
+  problem.num_sms = num_sms;
+  problem.machine = &machine;
+  return problem;
+}
+
+GemmProblem make_problem(const WgradOperands& operands, int num_sms, const Machine& machine) {
+  constexpr Names kNames{"grouped_wgrad", "grad_t", "grad_t_scale", "input_t", "input_t_scale", "K", "T"};
+  const TensorView &out = operands.out, &offsets = operands.offsets;
+  GemmProblem problem = check_operands(kNames, operands.grad_t, operands.grad_t_scale, operands.input_t,
+                                       operands.input_t_scale, BScales::kRow, out.dtype);
+  const int device = operands.grad_t.device;
+  const int64_t groups = offsets.dim == 1 ? offsets.sizes[0] : 1;
+  check_ends(kNames.op, "offsets", offsets, groups, device, kNames.a);
+  FASTFP8_CHECK_ARGUMENT(groups >= 1 && groups <= kMaxGroups, kNames.op, "offsets", "1 to " << kMaxGroups << " groups",
+                         groups << " groups");
+  const std::array<int64_t, 2> shape{groups * problem.m, problem.n};
+  FASTFP8_CHECK_ARGUMENT(out.sizes == shape, kNames.op, "out",
+                         "shape (" << groups << ", " << problem.m << ", " << problem.n << ")",
+                         "shape " << PrintPair{out.sizes} << ", matrices one below the other");
+  check_tensor(kNames.op, "out", out, out.dtype, device, kNames.a);
+  const bool contiguous = out.sizes[1] <= 1 || out.strides[1] == 1;
+  const bool rows_follow = out.sizes[0] <= 1 || out.sizes[1] == 0 || out.strides[0] == out.sizes[1];
+  FASTFP8_CHECK_ARGUMENT(contiguous && rows_follow, kNames.op, "out", "a contiguous tensor",
+                         "rows of stride " << PrintPair{out.strides});
+  problem.grouping = Grouping::kDepth;
+  problem.groups = static_cast<int>(groups);
+  if (operands.accumulate) problem.c = out.dtype, problem.c_pitch = problem.n;
   problem.num_sms = num_sms;
   problem.machine = &machine;
   return problem;

@@ -21,11 +21,14 @@ struct GemmProblem {
   int c_pitch;                           // elements from row to row
   int num_sms;
   const Machine* machine;  // for the cost model
-  // A grouped product: n is of one group's B, of which there are `groups` one below the other. 0: a dense one.
+  // kRows: n is of one group's B, of which there are `groups` one below the other. kDepth: m and n are of one group's
+  // output, of which there are `groups` one below the other; C is that output, before.
+  Grouping grouping = Grouping::kNone;
   int groups = 0;
-  int group_rows = 0;  // rows of A from group to group; 0 where the ends of the groups' rows are given
+  int group_rows = 0;  // kRows: rows of A from group to group; 0 where the ends of the groups' rows are given
 
-  Rows rows() const { return groups > 0 ? Rows::kGroups : Rows::kAll; }
+  int row_groups() const { return grouping == Grouping::kRows ? groups : 1; }
+  int depth_groups() const { return grouping == Grouping::kDepth ? groups : 1; }
 
   std::string str() const;
 };
@@ -47,8 +50,16 @@ struct GroupedOperands {
   DType out;
 };
 
+// Wgrad of a grouped linear layer, in the op's own names: out[g][N, K] (+)= grad_t[N, T of g] input_t[K, T of g]^T.
+struct WgradOperands {
+  TensorView grad_t, grad_t_scale, input_t, input_t_scale, offsets;
+  TensorView out;  // [G * N, K]; without an address while there is none yet
+  bool accumulate;
+};
+
 // Raises std::runtime_error that names the argument unless the operands fit together and the kernels can read them.
 GemmProblem make_problem(const GemmOperands& operands, int num_sms, const Machine& machine);
 GemmProblem make_problem(const GroupedOperands& operands, int num_sms, const Machine& machine);
+GemmProblem make_problem(const WgradOperands& operands, int num_sms, const Machine& machine);
 
 }  // namespace fastfp8::gemm

@@ -34,13 +34,19 @@ int band_of(int tiles_m, int tile_m, int tile_n, int clusters) {
 double traffic(const GemmProblem& problem) {
   const double m = problem.m, n = problem.n, k = problem.k, out = size_of(problem.out);
   const double b = n * k + (problem.b_scales == BScales::kRow ? n : n / 128) * k / 128 * 4;
-  return m * k + m * k / 128 * 4 + std::max(problem.groups, 1) * b +
-         m * n * (out + (problem.c ? size_of(*problem.c) : 0));
+  return m * k + m * k / 128 * 4 + problem.row_groups() * b +
+         problem.depth_groups() * m * n * (out + (problem.c ? size_of(*problem.c) : 0));
 }
 
 // Of one group, as if all had as many; how many they have is in device memory.
-int rows_of_group(const GemmProblem& problem) {
-  return static_cast<int>(ceil_div(problem.m, std::max(problem.groups, 1)));
+int rows_of_group(const GemmProblem& problem) { return static_cast<int>(ceil_div(problem.m, problem.row_groups())); }
+int64_t blocks_of_group(const GemmProblem& problem, const Segments& segments) {
+  return ceil_div(segments.blocks, problem.depth_groups());
+}
+
+// Of the output. What a cluster takes at once is one.
+int64_t tiles_of(const GemmProblem& problem, const GemmConfig& config) {
+  return static_cast<int64_t>(problem.depth_groups()) * config.order.tiles_m * config.order.tiles_n;
 }
 
 Cost cost_of(const GemmProblem& problem, const GemmConfig& config) {
@@ -65,11 +71,11 @@ Cost cost_of(const GemmProblem& problem, const GemmConfig& config) {
   cost.fill = machine.latency + cost.block;
   const double staged = stores_by_tma(config.tile, problem.out, config.kind) ? kStagedBytes : kStoredBytes;
   cost.epilogue = split ? kExchange : passes * kEpilogueFixed + rows_a * config.tile.n * size_of(problem.out) / staged;
-  const double clusters = std::max(problem.num_sms / config.cluster, 1);
-  cost.waves = static_cast<double>(
-      ceil_div(static_cast<int64_t>(config.order.tiles_m) * config.order.tiles_n, static_cast<int64_t>(clusters)));
+  const int clusters = std::max(problem.num_sms / config.cluster, 1);
+  cost.waves = static_cast<double>(ceil_div(tiles_of(problem, config), clusters));
   cost.hbm = traffic(problem) / machine.hbm_bytes;
-  const double blocks = split ? ceil_div(config.segments.blocks, config.segments.count) : config.segments.blocks;
+  const double blocks =
+      split ? ceil_div(config.segments.blocks, config.segments.count) : blocks_of_group(problem, config.segments);
   // The producer fills the next tile's stages under the epilogue, so the pipeline fills once. A consumer's epilogue
   // runs under the other one's wgmma unless the consumers themselves are what takes longest; the last one's shows.
   const double shared = std::max({cost.tensor, cost.from_l2, cost.into_sm, cost.latency});
@@ -84,13 +90,13 @@ GemmConfig make_config(const GemmProblem& problem, TileShape tile, Cluster kind)
   config.tile = tile, config.kind = kind;
   config.segments = Segments::of(problem.n, problem.k, problem.b_scales);
   config.cluster = kind == Cluster::kNone ? 1 : kind == Cluster::kPair ? 2 : config.segments.count;
-  config.stages = SharedPlan::make(tile, problem.b_scales, problem.out, kind, problem.rows()).stages;
+  config.stages = SharedPlan::make(tile, problem.b_scales, problem.out, kind, problem.grouping).stages;
   const int rows = tile.m * (kind == Cluster::kPair ? 2 : 1);
-  const int tiles_m = static_cast<int>(ceil_div(rows_of_group(problem), rows) * std::max(problem.groups, 1)),
+  const int tiles_m = static_cast<int>(ceil_div(rows_of_group(problem), rows) * problem.row_groups()),
             tiles_n = static_cast<int>(ceil_div(problem.n, tile.n)), clusters = problem.num_sms / config.cluster;
   config.order = {tiles_m, tiles_n, band_of(tiles_m, rows, tile.n, std::max(clusters, 1))};
-  // Groups may have more tiles than these: the busiest of them, or many with a few rows in their last.
-  const int64_t most = problem.groups ? clusters : static_cast<int64_t>(tiles_m) * tiles_n;
+  // Groups of rows may have more tiles than these: the busiest of them, or many with a few rows in their last.
+  const int64_t most = problem.grouping == Grouping::kRows ? clusters : tiles_of(problem, config);
   config.grid = static_cast<int>(std::min<int64_t>(most, clusters)) * config.cluster;
   config.cost = cost_of(problem, config);
   return config;
@@ -100,12 +106,14 @@ std::string reason_against(const GemmProblem& problem, const GemmConfig& config)
   constexpr int kNarrowest = 64;
   if (config.kind == Cluster::kSplit && config.segments.count == 1) return "N and K make one segment only";
   if (config.cluster > problem.num_sms) return "a cluster needs more SMs than there are";
-  if (problem.rows() == Rows::kAll && config.tile.n > kNarrowest &&
+  if (problem.grouping == Grouping::kNone && config.tile.n > kNarrowest &&
       config.tile.n >= 2 * round_up(problem.n, kNarrowest))
     return "at least half of each tile lies past N";
   if (config.tile.swapped() && rows_of_group(problem) > config.tile.m)
     return "more rows than a tile of swapped operands";
-  if (config.tile.m > kWgmmaM && rows_of_group(problem) <= kWgmmaM) return "half of each tile lies past M";
+  // Groups along K have no lower tile to take instead.
+  if (config.tile.m > kWgmmaM && rows_of_group(problem) <= kWgmmaM && problem.grouping != Grouping::kDepth)
+    return "half of each tile lies past M";
   if (config.kind == Cluster::kPair && rows_of_group(problem) <= config.tile.m) return "half of each pair lies past M";
   if (config.tile.passes() > 1 && config.segments.count > 1) return "no registers for the sums of two segments of K";
   return "";
@@ -120,7 +128,11 @@ std::vector<Candidate> candidates(const GemmProblem& problem) {
     const GemmConfig config = make_config(problem, tile, kind);
     all.push_back({config, reason_against(problem, config)});
   };
-  if (problem.groups) {
+  if (problem.grouping == Grouping::kDepth) {
+    for (Cluster kind : {Cluster::kNone, Cluster::kPair}) add({128, 128}, kind);
+    return all;
+  }
+  if (problem.grouping == Grouping::kRows) {
     for (TileShape tile :
          {TileShape{16, 128}, TileShape{32, 128}, TileShape{64, 128}, TileShape{128, 128}, TileShape{128, 256}})
       add(tile, Cluster::kNone);

@@ -50,7 +50,7 @@ def grouped_gemm(
     """
     _check_scaled_tensors(_GROUPED, a, b, out_dtype)
     check_tensor(offsets, _GROUPED, "offsets", (torch.int32,), dim=1)
-    word = _word_for(offsets)
+    word = word_for(offsets)
     out: Tensor = torch.ops.fastfp8.grouped_gemm(a.data, a.scale, b.data, b.scale, offsets, word, out_dtype)
     return out
 
@@ -84,14 +84,24 @@ def masked_grouped_gemm(
     """
     _check_scaled_tensors(_MASKED, a, b, out_dtype)
     check_tensor(counts, _MASKED, "counts", (torch.int32,), dim=1)
-    word = _word_for(counts)
+    word = word_for(counts)
     out: Tensor = torch.ops.fastfp8.masked_grouped_gemm(a.data, a.scale, b.data, b.scale, counts, word, out_dtype)
     return out
 
 
-def _word_for(sizes: Tensor) -> Tensor | None:
+def word_for(sizes: Tensor) -> Tensor | None:
     """The error word that goes with these offsets or counts: none with a fake tensor, which meets no real one."""
     return error_word(sizes.device) if type(sizes) is Tensor else None
+
+
+def check_error(op: str, error: Tensor | None, like: Tensor, like_name: str) -> None:
+    """Raise unless ``error`` can be an error word on the device of argument ``like_name``."""
+    if error is None:
+        return
+    check_tensor(error, op, "error", (torch.int32,), dim=1)
+    check_device(error, op, "error", like, like_name)
+    if tuple(error.shape) != (1,):
+        raise value_error(op, "error", "shape (1,)", f"shape {tuple(error.shape)}")
 
 
 def _check_scaled_tensors(op: str, a: ScaledTensor, b: ScaledTensor, out_dtype: torch.dtype) -> None:
@@ -140,11 +150,7 @@ def _check(
         raise value_error(op, "b", f"N a multiple of {N_ALIGNMENT}", f"N = {n}")
     for name, data in (("a", a), ("b", b)):
         check_operand(op, name, data)
-    if error is not None:
-        check_tensor(error, op, "error", (torch.int32,), dim=1)
-        check_device(error, op, "error", a, "a")
-        if tuple(error.shape) != (1,):
-            raise value_error(op, "error", "shape (1,)", f"shape {tuple(error.shape)}")
+    check_error(op, error, a, "a")
 
 
 def _register(op: str) -> None:

@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 from recorder import CompiledKernel, Recorder  # noqa: E402
 
 from fastfp8.layout import empty_scale, scale_shape, scale_shape_of  # noqa: E402
-from fastfp8.triton_kernels import dequantize, gemm, grouped_gemm, quantize  # noqa: E402
+from fastfp8.triton_kernels import dequantize, gemm, grouped_gemm, grouped_wgrad, quantize  # noqa: E402
 
 BLOCKS = [(1, 128), (128, 1), (128, 128)]
 CAPABILITIES = [89, 90, *(pytest.param(c, marks=pytest.mark.slow) for c in (100, 120))]
@@ -52,6 +52,17 @@ def compile_grouped(monkeypatch: pytest.MonkeyPatch, op: str, rows: int, capabil
         operands += [data, empty_scale(data, scale_shape_of(data.shape, block), block)]
     words = [torch.zeros(n, dtype=torch.int32) for n in (4, 1)]
     getattr(grouped_gemm, op)(*operands, *words, torch.bfloat16)
+    return recorder.compile(capability)
+
+
+def compile_wgrad(monkeypatch: pytest.MonkeyPatch, n: int, accumulate: bool, capability: int) -> CompiledKernel:
+    recorder = record(monkeypatch, grouped_wgrad, "grouped_wgrad_kernel")
+    operands = []
+    for rows in (n, 256):
+        data = torch.zeros(rows, 512, dtype=torch.float8_e4m3fn)
+        operands += [data, empty_scale(data, scale_shape(rows, 512, (1, 128)), (1, 128))]
+    words = [torch.zeros(n, dtype=torch.int32) for n in (4, 1)]
+    grouped_wgrad.grouped_wgrad(*operands, *words, torch.zeros(4, n, 256), accumulate)
     return recorder.compile(capability)
 
 
@@ -138,6 +149,17 @@ def test_grouped_gemm(monkeypatch: pytest.MonkeyPatch, op: str, m: int, capabili
     check_common(kernel, capability)
     check_product(kernel, m, capability)
     assert float_arithmetic(kernel) == {"fma.rn.f32", "mul.rn.f32"}
+    assert [o for o in opcodes(kernel) if o.startswith(("atom.", "red."))] == ["atom.global.gpu.acq_rel.or.b32"]
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("n", "accumulate"), [(16, True), (256, False)], ids=str)
+def test_grouped_wgrad(monkeypatch: pytest.MonkeyPatch, n: int, accumulate: bool, capability: int) -> None:
+    """The same product as gemm, a sum where it accumulates; and one atomic, by which bad offsets are reported."""
+    kernel = compile_wgrad(monkeypatch, n, accumulate, capability)
+    check_common(kernel, capability)
+    check_product(kernel, n, capability)
+    assert float_arithmetic(kernel) == {"fma.rn.f32", "mul.rn.f32"} | ({"add.rn.f32"} if accumulate else set())
     assert [o for o in opcodes(kernel) if o.startswith(("atom.", "red."))] == ["atom.global.gpu.acq_rel.or.b32"]
 
 

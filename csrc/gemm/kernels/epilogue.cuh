@@ -39,8 +39,13 @@ struct Epilogue {
   // A tile all of whose K is in acc.
   __device__ __forceinline__ void store(Acc& acc, const Tile& tile) const {
     const int row = tile.row + fragment_row(), column = tile.column + fragment_column();
-    if constexpr (I::kRows == Rows::kAll && !I::kSwapped)
-      if (args.c != nullptr) add_c(acc, row, column);
+    if constexpr (I::kGrouping != Grouping::kRows && !I::kSwapped) {
+      if (args.c != nullptr) {
+        // An empty group adds nothing: its C stays as it is, and it is where the output is.
+        if (I::kGrouping == Grouping::kDepth && tile.segments.blocks == 0) return;
+        add_c(acc, row, tile.end, column);
+      }
+    }
     if constexpr (I::kSwapped) {
       store_swapped(acc, tile);
     } else if constexpr (I::kOut == DType::kBF16) {
@@ -55,10 +60,10 @@ struct Epilogue {
   }
 
   // acc += c, read in the fragment's layout: a quad of lanes reads 8 neighbours of a row.
-  __device__ __forceinline__ void add_c(Acc& acc, int row, int column) const {
+  __device__ __forceinline__ void add_c(Acc& acc, int row, int end, int column) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (row + 8 * half >= args.m) continue;
+      if (row + 8 * half >= end) continue;
 #pragma unroll
       for (int j = 0; j < I::kColumns / 8; ++j) {
         if (column + 8 * j >= args.n) continue;
@@ -94,7 +99,7 @@ struct Epilogue {
       const int row = tile.row + v / 4 * 8 + 2 * (lane() % 4) + v % 2, column = first_column + v / 2 % 2 * 8;
       if (row >= tile.end || column >= args.n) continue;
       float value = acc.value[v];
-      if constexpr (I::kRows == Rows::kAll)
+      if constexpr (I::kGrouping == Grouping::kNone)
         if (args.c != nullptr) value = __fadd_rn(value, load_c_element(args, row, column));
       const int64_t offset = static_cast<int64_t>(row) * args.n + column;
       if constexpr (I::kOut == DType::kBF16)
@@ -130,7 +135,7 @@ struct Epilogue {
       ptx::stmatrix_x4(panels + chunk / kChunks * kPanelBytes + swizzled, ptx::bf16x2(v[0], v[1]),
                        ptx::bf16x2(v[2], v[3]), ptx::bf16x2(v[4], v[5]), ptx::bf16x2(v[6], v[7]));
     }
-    if (I::kRows == Rows::kGroups && first_row + kWgmmaM > end) {
+    if (I::kGrouping != Grouping::kNone && first_row + kWgmmaM > end) {
       __syncwarp();  // a warp reads its own sixteen rows only
       store_rows<kPanel>(panels, first_row, end, first_column);
       return;

@@ -1,5 +1,5 @@
-// FP8 GEMM with fine-grained scales for sm_90a: out[M, N] = A[M, K] B[N, K]^T (+ C), dense or with the rows in groups
-// that have a B each (scheduler.cuh).
+// FP8 GEMM with fine-grained scales for sm_90a: out[M, N] = A[M, K] B[N, K]^T (+ C), dense, with the rows in groups
+// that have a B each, or with K in groups that have an output each (scheduler.cuh).
 //
 // A persistent CTA walks tiles. One producer warp keeps a ring of stages full, two consumer warpgroups share each tile
 // (TileShape):
@@ -43,7 +43,9 @@ struct Kernel {
   const Arguments& args;
   Shared<I> shared;
 
-  using Scheduler = std::conditional_t<I::kRows == Rows::kGroups, GroupedScheduler<I>, DenseScheduler<I>>;
+  using Scheduler =
+      std::conditional_t<I::kGrouping == Grouping::kRows, GroupedScheduler<I>,
+                         std::conditional_t<I::kGrouping == Grouping::kDepth, DepthScheduler<I>, DenseScheduler<I>>>;
 
   __device__ __forceinline__ static int rank() { return cluster_rank<I>(); }
   __device__ __forceinline__ static int ranks() { return cluster_size<I>(); }
@@ -66,7 +68,7 @@ struct Kernel {
     const int begin = blockIdx.x / ranks(), step = gridDim.x / ranks(), box_0 = first_box();
     const Scheduler scheduler(args, shared);
     const int tiles = scheduler.tiles();
-    if (I::kRows == Rows::kAll && begin < tiles) {
+    if (I::kGrouping == Grouping::kNone && begin < tiles) {
       const Tile tile = scheduler.at(begin);
       const int first = first_block(tile), last = min(last_block(tile), first + I::kPlan.stages);
       for (int block = first; block < last; ++block)
@@ -83,7 +85,7 @@ struct Kernel {
         const int stage = ring.stage, k = block * kTileK;
         uint64_t* full = shared.full(stage);
         wait(shared.empty(stage), ring.phase ^ 1);
-        ptx::mbarrier_arrive_expect_tx(full, SharedPlan::stage_bytes(I::kTile, I::kScales, I::kRows));
+        ptx::mbarrier_arrive_expect_tx(full, SharedPlan::stage_bytes(I::kTile, I::kScales, I::kGrouping));
         ptx::tma_load_2d(shared.a(stage), args.a, full, k, tile.a_row);
 #pragma unroll
         for (int box = box_0; box < box_0 + I::kBoxes; ++box) {
@@ -159,7 +161,7 @@ struct Kernel {
       }
       ptx::fence_mbarrier_init();
     }
-    if constexpr (I::kRows == Rows::kGroups) {
+    if constexpr (I::kGrouping != Grouping::kNone) {
       // The ends may come from the grid before.
       ptx::wait_for_grids_before();
       if (threadIdx.x < 32) Scheduler::set_up(args, shared);
@@ -224,6 +226,38 @@ struct Kernel {
         0,  m,  n,        k,       {0, tiles_n, band}, ends,          groups, group_rows, error};                   \
     using namespace fastfp8;                                                                                        \
     using Shape = gemm::Instance<TILE_M, TILE_N, gemm::BScales::kBlock, DType::OUT, gemm::Cluster::CLUSTER,         \
-                                 gemm::Rows::kGroups>;                                                              \
+                                 gemm::Grouping::kRows>;                                                            \
     gemm::Kernel<Shape>{args, {shared}}.run();                                                                      \
+  }
+
+// The same of a product with K in groups: the output has m rows for each, and `accumulate` adds it to what it was.
+#define FASTFP8_DEPTH_GEMM_SM90(NAME, TILE_M, TILE_N, OUT, CLUSTER)                                                    \
+  extern "C" __global__ void FASTFP8_CLUSTER_##CLUSTER NAME(                                                           \
+      const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,                                    \
+      const __grid_constant__ CUtensorMap a_scale, const __grid_constant__ CUtensorMap b_scale,                        \
+      const __grid_constant__ CUtensorMap out_map, void* out, const int* ends, int* error, int accumulate, int groups, \
+      int m, int n, int k, int tiles_m, int tiles_n, int band) {                                                       \
+    extern __shared__ __align__(1024) uint8_t shared[];                                                                \
+    using namespace fastfp8;                                                                                           \
+    const gemm::Arguments args{&a,                                                                                     \
+                               &b,                                                                                     \
+                               &a_scale,                                                                               \
+                               &b_scale,                                                                               \
+                               &out_map,                                                                               \
+                               nullptr,                                                                                \
+                               out,                                                                                    \
+                               accumulate ? out : nullptr,                                                             \
+                               DType::OUT == DType::kBF16,                                                             \
+                               n,                                                                                      \
+                               m,                                                                                      \
+                               n,                                                                                      \
+                               k,                                                                                      \
+                               {tiles_m, tiles_n, band},                                                               \
+                               ends,                                                                                   \
+                               groups,                                                                                 \
+                               0,                                                                                      \
+                               error};                                                                                 \
+    using Shape = gemm::Instance<TILE_M, TILE_N, gemm::BScales::kRow, DType::OUT, gemm::Cluster::CLUSTER,              \
+                                 gemm::Grouping::kDepth>;                                                              \
+    gemm::Kernel<Shape>{args, {shared}}.run();                                                                         \
   }

@@ -14,26 +14,27 @@ struct Arguments {
   int c_is_bf16, c_pitch;
   int m, n, k;
   TileOrder order;
-  // Rows::kGroups only.
-  const int* ends;     // [groups]: the end of each group's rows, or where group_rows > 0 their number
-  int groups;          // n is of one group's B, m the rows of A in all
+  // Groups only.
+  const int* ends;     // [groups]: the end of each group's rows or k, or where group_rows > 0 the number of rows
+  int groups;          // kRows: n is of one group's B, m the rows of A in all; kDepth: m and n are of each output
   int group_rows = 0;  // 0, or how many rows of A lie from group to group
   int* error = nullptr;
 };
 
-template <int kTileM, int kTileN, BScales kScalesOfB, DType kOutType, Cluster kClusterOf, Rows kRowsOf = Rows::kAll>
+template <int kTileM, int kTileN, BScales kScalesOfB, DType kOutType, Cluster kClusterOf,
+          Grouping kGroupingOf = Grouping::kNone>
 struct Instance {
   static constexpr TileShape kTile{kTileM, kTileN};
   static constexpr BScales kScales = kScalesOfB;
   static constexpr DType kOut = kOutType;
   static constexpr Cluster kCluster = kClusterOf;
-  static constexpr Rows kRows = kRowsOf;
+  static constexpr Grouping kGrouping = kGroupingOf;
   static constexpr int kColumns = kTile.consumer_columns();
   static constexpr bool kSwapped = kTile.swapped();
   static constexpr bool kStoresByTma = stores_by_tma(kTile, kOut, kCluster);
   static constexpr int kPasses = kTile.passes();
   static constexpr int kPassColumns = kTile.pass_columns();
-  static constexpr SharedPlan kPlan = SharedPlan::make(kTile, kScales, kOut, kCluster, kRows);
+  static constexpr SharedPlan kPlan = SharedPlan::make(kTile, kScales, kOut, kCluster, kGrouping);
   // A constexpr object has no address in device code, so these make one.
   static constexpr int first_row(int consumer) { return TileShape{kTileM, kTileN}.first_row(consumer); }
   static constexpr int first_column(int consumer) { return TileShape{kTileM, kTileN}.first_column(consumer); }
@@ -74,7 +75,7 @@ struct Shared {
     return base + kPlan.b + stage * SharedPlan::b_stage(I::kTile);
   }
   __device__ __forceinline__ float* a_scale(int stage) const {
-    return reinterpret_cast<float*>(base + kPlan.a_scale + stage * SharedPlan::a_scale_stage(I::kTile, I::kRows));
+    return reinterpret_cast<float*>(base + kPlan.a_scale + stage * SharedPlan::a_scale_stage(I::kTile, I::kGrouping));
   }
   __device__ __forceinline__ float* b_scale(int stage) const {
     return reinterpret_cast<float*>(base + kPlan.b_scale + stage * SharedPlan::b_scale_stage(I::kTile, I::kScales));

@@ -79,7 +79,7 @@ struct Mainloop {
   // acc = the sum over k-blocks [first, last) of those that `block_scales` counts from 0, for the tile whose
   // rows of A begin at `a_row`.
   __device__ __forceinline__ void run(Acc& acc, BlockScales<I::kPasses>& block_scales, int a_row, int first, int last) {
-    const int behind = I::kRows == Rows::kGroups ? a_row % SharedPlan::kScaleAlignment : 0;
+    const int behind = I::kGrouping == Grouping::kRows ? a_row % SharedPlan::kScaleAlignment : 0;
     const int fragment_row = I::first_row(consumer) + thread() / 32 * 16 + lane() / 4 + behind;
     const uint32_t a_stage_0 = ptx::wgmma_address(shared.a(0) + I::first_row(consumer) * kTileK);
     const uint32_t b_stage_0 = ptx::wgmma_address(shared.b(0) + I::first_column(consumer) * kTileK);

@@ -1,4 +1,5 @@
-// Which tile a CTA takes next, and which rows of A and B are in it: all that tells a dense product from a grouped one.
+// Which tile a CTA takes next, and which rows of A and B and which part of K are in it: all that tells a dense product
+// from a grouped one.
 #pragma once
 #include "../../ptx/cluster.cuh"
 #include "instance.cuh"
@@ -15,6 +16,17 @@ template <class I>
 __device__ __forceinline__ int cluster_size() {
   if constexpr (I::kCluster == Cluster::kNone) return 1;
   return static_cast<int>(ptx::cluster_size());
+}
+
+// Of `value` in the lanes of a warp up to this one, the largest.
+__device__ __forceinline__ int largest_so_far(int value) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const int other = __shfl_up_sync(0xffffffff, value, distance);
+    if (lane >= distance) value = max(value, other);
+  }
+  return value;
 }
 
 // One tile of the output, [row, end) by `column` on, and the operands that it is the product of: rows of A from `a_row`
@@ -81,12 +93,7 @@ struct GroupedScheduler {
         begin = group * args.group_rows;
         end = begin + count;
       } else {  // the end of the rows; a group begins where the one before it ends
-        end = max(min(given, args.m), last_row);
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-          const int other = __shfl_up_sync(0xffffffff, end, distance);
-          if (lane >= distance) end = max(end, other);
-        }
+        end = largest_so_far(max(min(given, args.m), last_row));
         bad |= exists && end != given;
         begin = __shfl_up_sync(0xffffffff, end, 1);
         if (lane == 0) begin = last_row;
@@ -133,6 +140,47 @@ struct GroupedScheduler {
     const int row = begin + m * I::kTile.m, column = tile.n * I::kTile.n;
     const int b_blocks = (args.n + 127) / 128;
     return {row, row_ends[group], column, row, group * args.n + column, group * b_blocks + column / 128, 0, segments};
+  }
+};
+
+// K in groups, each of which has an output of its own: every row of A by every row of B, over the group's k-blocks.
+// Each group begins with a k-block, at the first one behind the group before it; what follows its end in its last block
+// is zero. The tiles of a group lie one behind the other, as deep as each other, and all groups have as many.
+template <class I>
+struct DepthScheduler {
+  const Arguments& args;
+  const int* block_ends;
+
+  __device__ __forceinline__ DepthScheduler(const Arguments& args, Shared<I> shared)
+      : args(args), block_ends(shared.groups()) {}
+
+  // As GroupedScheduler's, of where the groups end along K.
+  __device__ __forceinline__ static void set_up(const Arguments& args, Shared<I> shared) {
+    __builtin_assume(args.groups > 0);
+    int last = 0;  // end of the groups before this chunk of 32
+    bool bad = false;
+    for (int first = 0; first < args.groups; first += 32) {
+      const int group = first + threadIdx.x;
+      const bool exists = group < args.groups;
+      const int given = exists ? args.ends[group] : 0;
+      const int end = largest_so_far(max(min(given, args.k), last));
+      bad |= exists && end != given;
+      last = __shfl_sync(0xffffffff, end, 31);
+      if (exists) shared.groups()[group] = (end + kTileK - 1) / kTileK;
+    }
+    if (bad && args.error != nullptr && blockIdx.x == 0) atomicOr(args.error, kBadTokenEnds);
+  }
+
+  __device__ __forceinline__ int tiles() const { return args.groups * args.order.tiles_m * args.order.tiles_n; }
+
+  __device__ __forceinline__ Tile at(int index) const {
+    const int tiles_of_group = args.order.tiles_m * args.order.tiles_n;
+    const int group = index / tiles_of_group;
+    const auto tile = args.order.at(index - group * tiles_of_group);
+    const int m = I::kCluster == Cluster::kPair ? 2 * tile.m + cluster_rank<I>() : tile.m;
+    const int a_row = m * I::kTile.m, column = tile.n * I::kTile.n, row = group * args.m;
+    const int first = group == 0 ? 0 : block_ends[group - 1];
+    return {row + a_row, row + args.m, column, a_row, column, 0, first, {block_ends[group] - first, 1}};
   }
 };
 

@@ -1,0 +1,4 @@
+#include "../kernels/gemm_sm90.cuh"
+
+FASTFP8_DEPTH_GEMM_SM90(gemm_sm90_wgrad_bf16_128x128, 128, 128, kBF16, kNone)
+FASTFP8_DEPTH_GEMM_SM90(gemm_sm90_wgrad_bf16_128x128_pair, 128, 128, kBF16, kPair)
