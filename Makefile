@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*/*.cuh csrc/*/*/*.cu)
 
-FORMATTED := $(CPP) $(wildcard tests/*.cpp tests/cuda/*.cu tests/emulator/src/* tests/emulator/fuzz/*.cpp tests/emulator/fuzz/*.h)
+FORMATTED := $(CPP) $(wildcard bench/*.cpp tests/*.cpp tests/cuda/*.cu tests/emulator/src/* tests/emulator/fuzz/*.cpp tests/emulator/fuzz/*.h)
 
 .PHONY: setup demo test lint bench nightly clean
 

@@ -11,9 +11,12 @@ FAMILIES = {
     "ceilings": "what the machine can do: copy bandwidth, tensor-core rates, launch latency",
     "gemm": "fastfp8.gemm beside cuBLASLt's block scaling, DeepGEMM, Triton and BF16",
     "grouped": "fastfp8.grouped_gemm and masked_grouped_gemm beside BF16 and a product a group",
+    "wgrad": "fastfp8.grouped_wgrad beside DeepGEMM, BF16 and a product a group",
+    "swiglu": "fastfp8.gemm_swiglu_quantize beside the same in three steps",
     "quantize": "fastfp8.quantize and dequantize beside a copy and torch.compile",
     "comm": "token exchange between ranks",
     "cpu": "the CPU ops beside torch, the cost of a call and of the import",
+    "accuracy": "error of the product against the interval of promotion, by the model of the tensor core",
     "static": "registers, instructions and predictions, read off the compiled kernels",
     "emulator": "the tests' emulator: its counters for our kernels, and its own speed",
 }

@@ -30,8 +30,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if name == "gemm":
             explain = "instead: the planner's candidates for one product, with what the model says of each"
             family.add_argument("--explain", type=int, nargs=3, metavar=("M", "N", "K"), help=explain)
+            tiles = "instead: for each dense product of the table the planner's choice, and DeepGEMM's by its rule"
+            family.add_argument("--tiles", action="store_true", help=tiles)
             family.add_argument(
-                "--machine", default="H100", choices=("H100", "H200", "H800", "H20"), help="for --explain"
+                "--machine", default="H100", choices=("H100", "H200", "H800", "H20"), help="for --explain and --tiles"
             )
     night = commands.add_parser("nightly", help="tests, every family, report, regression gate")
     night.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
@@ -76,6 +78,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         m, n, k = options.explain
         print(explain(m, n, k, options.machine))
+        return 0
+    if getattr(options, "tiles", False):
+        from .explain import tiles
+
+        print(tiles(options.machine))
         return 0
     if options.command in FAMILIES:
         return run_family(options)

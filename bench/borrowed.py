@@ -1,4 +1,4 @@
-"""What the benchmarks borrow from ``tests/``: the emulator, and what compiles Triton's kernels without a GPU."""
+"""What the benchmarks borrow from ``tests/`` and ``build_support/``: the emulator, compilers, pretended libraries."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from types import ModuleType
 
 from .case import Unavailable
 
-TESTS = Path(__file__).resolve().parents[1] / "tests"
+FOLDERS = [str(Path(__file__).resolve().parents[1] / name) for name in ("tests", "build_support")]
 
 
 @functools.cache
 def _import(name: str) -> ModuleType | str:
     """The module, or why there is none: a build that failed is not tried again."""
-    if str(TESTS) not in sys.path:
-        sys.path.append(str(TESTS))
+    sys.path += [folder for folder in FOLDERS if folder not in sys.path]
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -28,7 +27,7 @@ def _import(name: str) -> ModuleType | str:
 
 
 def borrow(name: str) -> ModuleType:
-    """A module of ``tests/``.
+    """A module of ``tests/`` or ``build_support/``.
 
     Raises:
         Unavailable: something that it needs is not there.

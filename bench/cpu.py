@@ -15,6 +15,7 @@ import fastfp8
 from fastfp8 import ScaledTensor
 from fastfp8.layout import BLOCK, BLOCKS, Block
 
+from . import host
 from .case import Case, Computed, Contestant, Session, Subject, Telemetry, Work, turns
 from .foreign import ForeignLoad
 from .imports import measure as measure_imports
@@ -48,6 +49,7 @@ def works(tiny: bool) -> list[Work]:
         case("torch.ops.fastfp8.quantize", "1x128", _call, 0, **call),
         Import(case("import fastfp8, beyond torch", "", _imports, 1, unit="s", bar=IMPORT_S, bar_on="median")),
         Computed("Triton modules it imports", "", _triton_rows, 2),
+        *host.works(tiny),
     ]
     for block in BLOCKS:
         quantize, priority = functools.partial(_quantize, rows, cols, block), 0 if block == (1, BLOCK) else 1

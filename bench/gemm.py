@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,15 +15,19 @@ from fastfp8 import _C
 from fastfp8.layout import BLOCK, Block, ceil_div
 
 from . import device
-from .case import Case, Contestant, Subject, Work
+from .case import Case, Computed, Contestant, Session, Subject, Unavailable, Work
+from .goals import HOST_OP, HOST_US
 from .peers import GEMM_PEERS, contestants
-from .shapes import DEEPSEEK_V3, GLM_45, QWEN3_235B, Linear
+from .rows import Row, spread
+from .shapes import DEEPSEEK_V3, DENSE_TOKENS, GLM_45, QWEN3_235B
 from .static import describe, problem
 
 # Against FP32 on the dequantised operands: BF16's rounding of the output alone gives 1e-6.
 WORST_DIFFERENCE = 1e-5
-# Decode, a small and a large batch, a training step; then the extremes.
-TOKENS = ((64, 0), (4096, 0), (128, 1), (1024, 1), (1, 2), (16384, 2))
+# Decode and a training step first, then a small and a large batch and the extremes.
+EARLY = {64: 0, 4096: 0, 1: 1, 128: 1, 1024: 1, 8192: 1}
+OTHERS_TOKENS = (64, 128, 1024, 4096)  # of other models than the table's
+HOST_SHAPE, HOST_CALLS = (64, 576, 7168), 500  # fewer calls than the GPU's queue holds
 WEIGHT: Block = (BLOCK, BLOCK)
 ROW: Block = (1, BLOCK)
 
@@ -62,7 +67,7 @@ def subject(m: int, n: int, k: int, b_block: Block, out_dtype: torch.dtype) -> S
     operands = [(a, b)] + [device.elsewhere((a, b)) for _ in range(copies - 1)]
     check = functools.partial(check_product, expected)
     ours = Contestant(
-        "fastfp8 sm_90a" if sm90a() else "fastfp8",
+        backend(),
         lambda i: fastfp8.gemm(*operands[i], out_dtype=out_dtype),
         check,
         config=config_of(m, n, k, b_block, out_dtype) if sm90a() else None,
@@ -77,6 +82,10 @@ def sm90a() -> bool:
     return not _C.gemm_sm90_unusable_reason(torch.cuda.current_device())
 
 
+def backend() -> str:
+    return "fastfp8 sm_90a" if sm90a() else "fastfp8"
+
+
 def case(
     shape: tuple[int, int, int], priority: int, b_block: Block = WEIGHT, out_dtype: torch.dtype = torch.bfloat16
 ) -> Case:
@@ -85,14 +94,35 @@ def case(
     return Case("gemm", op, "x".join(map(str, shape)), "gpu", build, priority, "us")
 
 
+def host_cost(shape: tuple[int, int, int], session: Session) -> list[Row]:
+    """Seconds of a call until it returns, the launch made: the GPU's queue never fills, nothing waits for it."""
+    if "gpu" not in session.timers:
+        raise Unavailable("there is no GPU to measure on")
+    m, n, k = shape
+    calls = 2 if session.tiny else HOST_CALLS
+    a = fastfp8.quantize(torch.randn(m, k, device=device.DEVICE))
+    b = fastfp8.quantize(torch.randn(n, k, device=device.DEVICE), WEIGHT)
+    operands = (a.data, a.scale, b.data, b.scale, WEIGHT, torch.bfloat16, None)
+    samples = []
+    for _ in range(session.samples + 1):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            torch.ops.fastfp8.gemm(*operands)
+        samples.append((time.perf_counter() - start) / calls * 1e6)
+    lower, median, upper = spread(samples[1:])
+    where = ("gemm", HOST_OP, "x".join(map(str, shape)), backend(), "gpu", "us")
+    return [Row(*where, median, lower, upper, session.samples, bar=HOST_US if sm90a() and not session.tiny else None)]
+
+
 def works(tiny: bool) -> list[Work]:
-    """Shapes are M x N x K. DeepSeek-V3 first; then the gradient of its weights, and other models' layers."""
+    """Shapes are M x N x K: the table of DeepSeek-V3's, the gradients of its weights, then other models' layers."""
+    size = (1, 128, 128) if tiny else HOST_SHAPE
+    host = Computed(HOST_OP, "x".join(map(str, size)), functools.partial(host_cost, size))
     if tiny:
-        return [case((64, 128, 256), 0), case((64, 128, 256), 1, ROW, torch.float32)]
-
-    def forward(weights: Sequence[Linear], later: int) -> list[Work]:
-        return [case((m, w.n, w.k), priority + later) for m, priority in TOKENS for w in weights]
-
+        return [case((64, 128, 256), 0), case((64, 128, 256), 1, ROW, torch.float32), host]
+    table = [case((m, w.n, w.k), EARLY.get(m, 2)) for m in DENSE_TOKENS for w in DEEPSEEK_V3]
     # The gradient of a weight [N, K] over 4096 tokens is N x K, summed over the tokens; both operands come by row.
     gradients = [case((w.n, w.k, 4096), 1, ROW, torch.float32) for w in DEEPSEEK_V3]
-    return [*forward(DEEPSEEK_V3, 0), *gradients, *forward((*GLM_45, *QWEN3_235B), 3)]
+    others = [case((m, w.n, w.k), 3) for m in OTHERS_TOKENS for w in (*GLM_45, *QWEN3_235B)]
+    return [host, *table, *gradients, *others]

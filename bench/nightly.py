@@ -32,7 +32,7 @@ from .rows import RESULTS, Environment, NotRun, Row, Run
 #: For saying which machine this is. A driver that hangs here would hang everywhere.
 PROBE_SECONDS = 60.0
 UNKNOWN = "unknown"
-GPU_FAMILIES = ("ceilings", "gemm", "grouped", "quantize", "comm")
+GPU_FAMILIES = ("ceilings", "gemm", "grouped", "wgrad", "swiglu", "quantize", "comm")
 
 # With as many compilers as there are cores; the tests' sessions, which run beside other things, use two.
 _BUILD_EMULATOR = """
@@ -114,9 +114,12 @@ class Shift:
             "ceilings": 4,
             "gemm": 20,
             "grouped": 8,
+            "wgrad": 5,
+            "swiglu": 3,
             "quantize": 9,
             "comm": 3,
             "cpu": 5,
+            "accuracy": 2,
             "static": 4,
             "emulator": 4,
         }
@@ -128,6 +131,7 @@ class Shift:
         return [
             *(self.tests(tests, 8, 0.15) for tests in checks.NO_GPU),
             self.family("static", 5),
+            self.family("accuracy", 2),
             Stage("the emulator's build", 10, self.await_emulator, self.missing("build"), 0.4),
             self.family("cpu", 9),
             self.family("emulator", 6),

@@ -50,7 +50,7 @@ summary h2 { display: inline; }
 #: Cells longer than this may break.
 LONG = 60
 #: Titles of the sections about the night as a whole.
-NIGHT = ("Machine", "Tests", "Against the baseline")
+NIGHT = ("Machine", "Tests", "Against the baseline", "Goals")
 
 
 def html(night: Night, plots: Sequence[Plot]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,11 +46,16 @@ def cublaslt(a: ScaledTensor, b: ScaledTensor, out_dtype: torch.dtype) -> Callab
     return lambda: F.scaled_mm(a.data, weight, a_scale, rows, b_scale, kind, output_dtype=out_dtype)
 
 
-def deep_gemm(a: ScaledTensor, b: ScaledTensor, out_dtype: torch.dtype) -> Callable[[], Tensor]:
-    """DeepGEMM, which compiles when first called. On sm_90 its 1x128 by 1x128 accumulates in FP32 and does no other."""
+def deep_gemm_library() -> Any:
     require(importlib.util.find_spec("deep_gemm"), "deep_gemm is not installed (pip install sgl-deep-gemm)")
     import deep_gemm as library
 
+    return library
+
+
+def deep_gemm(a: ScaledTensor, b: ScaledTensor, out_dtype: torch.dtype) -> Callable[[], Tensor]:
+    """DeepGEMM, which compiles when first called. On sm_90 its 1x128 by 1x128 accumulates in FP32 and does no other."""
+    library = deep_gemm_library()
     shape, blocked = (a.shape[0], b.shape[0]), b.block == (BLOCK, BLOCK)
     require(blocked == (out_dtype == torch.bfloat16), "DeepGEMM has 128x128 with BF16 and 1x128 with FP32 output only")
     left, right = (a.data, a.scale), (b.data, b.scale)
@@ -100,10 +107,20 @@ def contestants(
     check: Callable[[Any], None],
 ) -> tuple[list[Contestant], dict[str, str]]:
     """A contestant for each maker that can do it, on every copy of the operands, and why the others cannot."""
+    found, missing = contestants_of(
+        {name: [functools.partial(maker, a, b, out_dtype) for a, b in operands] for name, maker in makers.items()}
+    )
+    return [dataclasses.replace(contestant, check=check) for contestant in found], missing
+
+
+def contestants_of(
+    makers: dict[str, Sequence[Callable[[], Callable[[], Any]]]],
+) -> tuple[list[Contestant], dict[str, str]]:
+    """The same of makers that know their operands, one for each copy; no output is checked."""
     found, missing = [], {}
-    for name, maker in makers.items():
+    for name, copies in makers.items():
         try:
-            calls = [maker(a, b, out_dtype) for a, b in operands]
+            calls = [make() for make in copies]
             calls[0]()
             torch.cuda.synchronize()
         except Unavailable as reason:
@@ -112,5 +129,5 @@ def contestants(
         except Exception as error:
             missing[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         else:
-            found.append(Contestant(name, lambda i, calls=calls: calls[i](), check))  # type: ignore[misc]
+            found.append(Contestant(name, lambda i, calls=calls: calls[i]()))  # type: ignore[misc]
     return found, missing

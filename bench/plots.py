@@ -59,7 +59,7 @@ def draw(night: Night) -> list[Plot]:
         ImportError: matplotlib is not installed.
     """
     rows, found = night.run.rows, list[Plot | None]()
-    found.append(roofline(rows))
+    found += [roofline(rows), promotion(rows)]
     for kind in ("gpu", "cpu"):
         families = dict.fromkeys(row.family for row in rows if row.kind == kind and row.ratios)
         found += [ratios(rows, kind, family) for family in families]
@@ -140,6 +140,56 @@ def ratios(rows: Sequence[Row], kind: str, family: str) -> Plot | None:
         about += f" The first {len(shown)} of {len(cases)} cases; all are in the table."
     height = 1.4 + len(shown) * max(0.3, 0.13 * max(len(row.ratios) for row in shown))
     return _plot(f"ratio-{kind}-{_slug(family)}", title, about, (WIDTH, height), paint)
+
+
+def promotion(rows: Sequence[Row]) -> Plot | None:
+    """Error of the product over the interval of promotion, a panel a measure, with the gate of what the kernels do."""
+    panels: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row.family == "accuracy" and row.median > 0:
+            panels[row.unit][row.op].append(row)
+    if not panels:
+        return None
+
+    ops = dict.fromkeys(op for lines in panels.values() for op in lines)
+    styles = dict(zip(ops, ({"color": OURS, "marker": "o"}, *map(_peer_style, range(len(ops)))), strict=False))
+    down = -(-len(panels) // 2)
+
+    def paint(figure: Any) -> None:
+        grid = list(figure.subplots(down, 2, squeeze=False).flat)
+        for axes, (unit, lines) in zip(grid, panels.items(), strict=False):
+            _errors(axes, unit, lines, styles)
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        _legend(figure, grid[0])
+
+    about = (
+        "Predicted by the model of Hopper's tensor core, against exact sums of the products: down is more exact. "
+        "Dashed: the gate of a product that is promoted every 128, as the kernels' are."
+    )
+    return _plot("promotion", "Error against the interval of promotion", about, (WIDTH, 0.6 + 2.8 * down), paint)
+
+
+def _interval(row: Row) -> int:
+    """The last word of the shape, as ``accuracy.name_of`` has it."""
+    return int(row.shape.rsplit(" ", 1)[1])
+
+
+def _errors(axes: Any, unit: str, lines: dict[str, list[Row]], styles: dict[str, dict[str, Any]]) -> None:
+    from matplotlib import ticker
+
+    for op, found in lines.items():
+        axes.plot([_interval(row) for row in found], [row.median for row in found], label=op, **styles[op])
+    gated = [(row.bar, op) for op, found in lines.items() for row in found if row.bar is not None]
+    for gate in dict.fromkeys(gate for gate, _ in gated):
+        ops = [op for other, op in gated if other == gate]
+        axes.axhline(gate, color=styles[ops[0]]["color"] if len(ops) == 1 else INK, linewidth=0.9, linestyle="--")
+    intervals = sorted({_interval(row) for found in lines.values() for row in found})
+    axes.set(xscale="log", yscale="log", xlabel="promoted every so many elements of K", title=unit)
+    axes.set_xticks(intervals, [str(interval) for interval in intervals], fontsize=8)
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:.0e}"))
+    axes.grid(which="major")
 
 
 def times(rows: Sequence[Row], kind: str) -> Plot | None:

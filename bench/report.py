@@ -11,7 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from . import regression
+from . import goals, regression
 from .night import Comparison, Night, name
 from .rows import KINDS, NotRun, Row, Run, Spread
 
@@ -113,6 +113,7 @@ def sections(night: Night) -> list[Section]:
         _machine(night),
         *_tests(night),
         _baseline(night),
+        Section("Goals", [goals.lines(night.run.rows)]),
         *peer_sections(night.run),
         *family_sections(night.run),
         *not_run_section(night.run),

@@ -54,6 +54,9 @@ DEEPSEEK_V3 = (
     Linear("DeepSeek-V3", "shared expert down", 7168, 2048),
 )
 
+# M of the table of dense products: decoding, from one token on, to training and prefill.
+DENSE_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+
 # Qwen3-235B-A22B (its configuration in MindSpeed-RL, qwen3_235b_a22b.yaml): hidden 4096; 64 heads of queries and 4 of
 # keys and values, each of 128.
 QWEN3_235B = (
@@ -77,4 +80,12 @@ EXPERTS = (
     Experts("Kimi K2", hidden=7168, inner=2048, count=384, top_k=8),
     Experts("Qwen3-235B-A22B", hidden=4096, inner=1536, count=128, top_k=8),
     Experts("GLM-4.5", hidden=5120, inner=1536, count=160, top_k=8),
+)
+
+# What DeepGEMM's tests multiply in groups (tests/generators.py there).
+GROUPED_WEIGHTS = (
+    Linear("DeepGEMM's tests", "grouped", 6144, 7168),
+    Linear("DeepGEMM's tests", "grouped", 7168, 3072),
+    Linear("DeepGEMM's tests", "grouped", 4096, 4096),
+    Linear("DeepGEMM's tests", "grouped", 4096, 2048),
 )

@@ -1,5 +1,5 @@
-// A libcuda.so.1 with one pretended H200 that writes down what it is asked to do, one line a call, on stderr.
-// tests/test_driver.py compiles it and lets fastfp8's driver.cpp open it.
+// A libcuda.so.1 with one pretended H200 that writes down what it is asked to do, one line a call, on stderr, unless
+// FAKE_CUDA_QUIET is set. tests/test_driver.py compiles it and lets fastfp8's driver.cpp open it; bench/host.py too.
 #include <cuda.h>
 
 #include <cstdio>
@@ -15,6 +15,13 @@ struct Map {
   int type, rank, interleave, swizzle, promotion, fill;
 };
 static_assert(sizeof(Map) <= sizeof(CUtensorMap));
+
+bool set(const char* variable) { return std::getenv(variable) != nullptr; }
+
+bool quiet() {
+  static const bool asked = set("FAKE_CUDA_QUIET");
+  return asked;
+}
 
 void print_map(const void* parameter) {
   Map map;
@@ -68,17 +75,17 @@ CUresult cuCtxGetDevice(CUdevice* device) {
 }
 CUresult cuLibraryLoadFromFile(CUlibrary* library, const char* path, CUjit_option*, void**, unsigned, CUlibraryOption*,
                                void**, unsigned) {
-  std::fprintf(stderr, "load %s\n", path);
+  if (!quiet()) std::fprintf(stderr, "load %s\n", path);
   *library = reinterpret_cast<CUlibrary>(1);
   return CUDA_SUCCESS;
 }
 CUresult cuLibraryGetKernel(CUkernel* kernel, CUlibrary, const char* name) {
-  std::fprintf(stderr, "kernel %s\n", name);
+  if (!quiet()) std::fprintf(stderr, "kernel %s\n", name);
   *kernel = reinterpret_cast<CUkernel>(2);
   return CUDA_SUCCESS;
 }
 CUresult cuKernelSetAttribute(CUfunction_attribute attribute, int value, CUkernel, CUdevice) {
-  std::fprintf(stderr, "attribute %d %d\n", static_cast<int>(attribute), value);
+  if (!quiet()) std::fprintf(stderr, "attribute %d %d\n", static_cast<int>(attribute), value);
   return CUDA_SUCCESS;
 }
 CUresult cuTensorMapEncodeTiled(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* address,
@@ -101,7 +108,9 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* out, CUtensorMapDataType type, cuui
   return CUDA_SUCCESS;
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void** parameters, void**) {
-  if (std::getenv("FAKE_CUDA_FAIL")) return CUDA_ERROR_INVALID_VALUE;
+  static const bool fails = set("FAKE_CUDA_FAIL");
+  if (fails) return CUDA_ERROR_INVALID_VALUE;
+  if (quiet()) return CUDA_SUCCESS;
   std::fprintf(stderr, "launch %u %u %u %u shared=%u stream=%llu attributes=%u\n", config->gridDimX, config->gridDimY,
                config->blockDimX, config->blockDimY, config->sharedMemBytes,
                (unsigned long long)reinterpret_cast<uint64_t>(config->hStream), config->numAttrs);

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+import time
 import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from test_plan import DENSE_TABLE
 from torch import Tensor
 
 import fastfp8
-from bench import ceilings, device, family, gemm, grouped, peers, quantize
+from bench import ceilings, device, family, gemm, goals, grouped, peers, quantize, swiglu, wgrad
 from bench.case import Case, Ceilings, Contestant, Session, Subject, Unavailable
 from bench.rows import Row
 from fastfp8 import ScaledTensor
@@ -127,6 +130,7 @@ def test_gemm_family(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
         ("gemm 1x128 by 128x128, bfloat16", "fastfp8"),
         ("gemm 1x128 by 128x128, bfloat16", "BF16 cuBLAS"),
         ("gemm 1x128 by 1x128, float32", "fastfp8"),
+        ("host cost of a call", "fastfp8"),
     ]
     ours = rows[0]
     assert set(ours.ratios) == {"BF16 cuBLAS"}
@@ -137,6 +141,30 @@ def test_gemm_family(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastfp8, "gemm", lambda a, b, out_dtype: torch.zeros(64, 128, dtype=out_dtype))
     with pytest.raises(AssertionError, match=r"fastfp8: differs from the FP32 product by"):
         gemm.works(True)[0].measure(session())
+
+
+def test_the_dense_table() -> None:
+    """Every M by every weight of the table, early those of decoding and training; the goals know it by the same op."""
+    told = {work.shape: work for work in gemm.works(False) if work.op == goals.DENSE_OP}
+    tokens = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    table = {f"{m}x{n}x{k}" for m in tokens for n, k in DENSE_TABLE}
+    assert len(table) == 84
+    assert table <= set(told)
+    assert [shape for shape in table if told[shape].priority > 2] == []
+    first = {shape for shape, work in told.items() if work.priority == 0}
+    assert first == {f"{m}x{n}x{k}" for m in (64, 4096) for n, k in DENSE_TABLE}
+
+
+def test_host_cost_ends_before_the_kernels_do(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for the GPU stands outside of the clock; the bar is for the sm_90a kernels at full size."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(0.05))
+    monkeypatch.setattr(gemm, "HOST_CALLS", 3)
+    (row,) = gemm.host_cost((1, 8, 128), session())
+    assert 0 < row.median < 1e4
+    assert row.bar is None
+    monkeypatch.setattr(gemm, "sm90a", lambda: True)
+    (row,) = gemm.host_cost((1, 8, 128), dataclasses.replace(session(), tiny=False))
+    assert (row.backend, row.unit, row.bar, row.samples) == (goals.BACKEND, "us", 6.0, 3)
 
 
 def test_a_product_with_nan_is_wrong() -> None:
@@ -236,7 +264,7 @@ def test_ceilings_family(on_cpu: None, tmp_path: Any) -> None:
 
 
 def test_without_a_gpu_nothing_is_measured() -> None:
-    for module in (gemm, grouped, quantize, ceilings):
+    for module in (gemm, grouped, wgrad, swiglu, quantize, ceilings):
         for work in module.works(True):
             with pytest.raises(Unavailable, match="no GPU"):
                 work.measure(Session(3, True))
@@ -276,35 +304,3 @@ def test_telemetry() -> None:
     pretended = Pretended()
     pretended.telemetry = device.Nvml(FakeNvml(), None)  # type: ignore[assignment]
     assert case.measure(Session(3, timers={"gpu": device.DeviceTimer(pretended)}))[0].power_w == 690.0
-
-
-def test_grouped_family(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unaligned, empty and masked groups; a wrong row is seen, one that is in no group is not looked at."""
-    monkeypatch.setattr(grouped, "sm90a", lambda: False)
-    rows = [row for work in grouped.works(True) for row in work.measure(session())]
-    assert [r.backend for r in rows] == [
-        *("fastfp8 Triton", "gemm a group", "BF16 grouped_mm"),
-        *("fastfp8 Triton", "gemm a group"),
-    ]
-    blocks, n, k = 2, 128, 256
-    moved = 75 * (k + 4 * blocks + 2 * n) + 3 * (n * k + 4 * blocks)
-    assert rows[0].intensity == pytest.approx(2 * 75 * n * k / moved)
-    assert "without BF16 grouped_mm: torch has none" in (rows[3].note or "")
-    right = fastfp8.masked_grouped_gemm
-
-    def wrong(a: ScaledTensor, b: ScaledTensor, counts: Tensor) -> Tensor:
-        out = right(a, b, counts)
-        out[2, 6] = 0
-        return out
-
-    monkeypatch.setattr(fastfp8, "masked_grouped_gemm", wrong)
-    with pytest.raises(AssertionError, match="fastfp8 Triton: differs"):
-        grouped.works(True)[1].measure(session())
-
-
-def test_sizes_of_groups_are_of_the_average() -> None:
-    for groups, average, *_ in (*grouped.CONTIGUOUS, *grouped.MASKED):
-        found = grouped.sizes(groups, average)
-        assert len(found) == groups
-        assert all(0.69 * average < size < 1.31 * average for size in found)
-        assert len(set(found)) > groups // 2
