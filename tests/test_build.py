@@ -47,31 +47,32 @@ def code_of(module, kernel):
 
 @pytest.mark.parametrize(("module", "kernel"), ALL)
 def test_sass_of_the_mainloop(module, kernel):
-    """Four wgmma a k-block, one FFMA a product to promote and no more multiplications than the scales need."""
+    """Four wgmma a pass, one FFMA a product to promote and no more multiplications than the scales need."""
     tile_m, tile_n = map(int, re.search(r"_(\d+)x(\d+)", kernel).groups())
-    columns = tile_n // 2 if tile_m == 64 else tile_n  # of one consumer
+    swapped = tile_m < 64
+    columns = tile_m if swapped else tile_n // 2 if tile_m == 64 else tile_n  # of one consumer's wgmma
+    passes, columns = max(1, columns // 128), min(columns, 128)
     code = code_of(module, kernel)
     count = code.opcodes
     assert count["LDL"] + count["STL"] == 0, "local memory"
     matrix = [i.name + i.operands for i in code.instructions if i.opcode == "QGMMA"]
-    assert len(matrix) == 4
+    assert len(matrix) == 4 * passes
     assert all(f"QGMMA.64x{columns}x32.F32.E4M3.E4M3" in line for line in matrix)
-    assert "!UPT" in matrix[0], "the first of a k-block starts from zero"
-    assert all("!UPT" not in line for line in matrix[1:])
-    assert count["FFMA"] == columns // 2, "promotion: one FFMA for each of a thread's accumulators"
+    assert ["!UPT" in line for line in matrix] == passes * [True, False, False, False], "a pass starts from zero"
+    assert count["FFMA"] == passes * columns // 2, "promotion: one FFMA for each of a thread's accumulators"
     loop = [i.opcode for i in code.loop("QGMMA")]
-    assert (loop.count("QGMMA"), loop.count("FFMA")) == (4, columns // 2)
+    assert (loop.count("QGMMA"), loop.count("FFMA")) == (4 * passes, passes * columns // 2)
     by_row = "_row_" in kernel or "_wgrad_" in kernel
-    assert count["FMUL"] == (columns // 2 if by_row else 2), "scale_a * scale_b"
-    assert count["UTMALDG"] == (4 if by_row else 3)
+    assert count["FMUL"] == (columns // 2 if by_row else columns // 4 if swapped else 2 * passes), "scale_a * scale_b"
     pair, split = kernel.endswith("_pair"), kernel.endswith("_split")
+    assert count["UTMALDG"] == (4 if by_row else 3) + (tile_n == 256 and not pair)
     assert sum("MULTICAST" in i.name for i in code.instructions) == pair
     assert count["UCGABAR_ARV"] == (2 if pair or split else 0), "clusters meet at the start and at the end only"
     fences = sum(i.name == "MEMBAR.ALL.GPU" for i in code.instructions)
     assert fences == (3 if split else 2 if pair else 0), "none in the main loop; a split tells its peers of its sums"
-    by_tma = "_bf16_" in kernel and not split
-    assert count["UTMASTG"] == (max(1, columns // 64) if by_tma else 0)
-    assert count["STSM"] == (columns // 16 if by_tma else 0)
+    by_tma = "_bf16_" in kernel and not split and not swapped
+    assert count["UTMASTG"] == (passes * max(1, columns // 64) if by_tma else 0)
+    assert count["STSM"] == (passes * columns // 16 if by_tma else 0)
     assert count["USETMAXREG"] >= 2
 
 

@@ -195,7 +195,7 @@ def test_plan_of_a_split():
 
 
 def test_operands_are_swapped_where_tensor_cores_bind():
-    """By the model: on H20, whose tensor cores are a quarter of H100's, for a few rows; on H100 and H200 it never pays."""
+    """By the model: on H20, whose tensor cores are a quarter, for a few rows; on H100 and H200 it never pays."""
     for m, name in ((1, "16x128"), (16, "16x128"), (32, "32x128"), (64, "64x64")):
         assert _C.gemm_select(_C.GemmProblem(**{**operands(m, 7168, 16384), "num_sms": 78}, machine="H20")).name == name
     for machine in ("H100", "H200"):
