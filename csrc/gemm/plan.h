@@ -1,6 +1,7 @@
 // From the question to the launch: problem -> candidates -> config -> plan. Pure host code, no GPU.
 #pragma once
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "../common/launch_plan.h"
@@ -37,7 +38,7 @@ struct GemmConfig {
 
 struct Candidate {
   GemmConfig config;
-  std::string rejected;  // why not; empty for one that may be chosen
+  std::string_view rejected;  // why not; empty for one that may be chosen
 };
 
 // Every config, those that cannot or should not serve with the reason.

@@ -102,7 +102,7 @@ GemmConfig make_config(const GemmProblem& problem, TileShape tile, Cluster kind)
   return config;
 }
 
-std::string reason_against(const GemmProblem& problem, const GemmConfig& config) {
+std::string_view reason_against(const GemmProblem& problem, const GemmConfig& config) {
   constexpr int kNarrowest = 64;
   if (config.kind == Cluster::kSplit && config.segments.count == 1) return "N and K make one segment only";
   if (config.cluster > problem.num_sms) return "a cluster needs more SMs than there are";
