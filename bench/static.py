@@ -164,6 +164,12 @@ def plans() -> dict[str, _C.LaunchPlan]:
     for out_dtype in ("bfloat16", "float32"):
         found |= _plans_of(grouped_problem(2 * BLOCK, 2, 2 * BLOCK, 4 * BLOCK, out_dtype))
         found |= _plans_of(wgrad_problem(2 * BLOCK, 2 * BLOCK, 8 * BLOCK, 2, out_dtype))
+    products = (
+        problem(2 * BLOCK, 2 * BLOCK, 4 * BLOCK, SQUARE, "bfloat16"),
+        grouped_problem(2 * BLOCK, 2, 2 * BLOCK, 4 * BLOCK, "bfloat16"),
+    )
+    for product in products:
+        found |= _plans_of(product.with_swiglu(None, None, False, 0.0, True))
     return found
 
 

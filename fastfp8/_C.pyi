@@ -83,6 +83,9 @@ class GemmProblem:
         num_sms: int,
         machine: str = "H100",
     ) -> GemmProblem: ...
+    def with_swiglu(
+        self, weight: TensorView | None, limit: float | None, pow2: bool, eps: float, gate_up: bool
+    ) -> GemmProblem: ...
     @property
     def groups(self) -> int: ...
     @property

@@ -6,9 +6,11 @@ from . import _C, backends, nn  # _C registers the schemas of torch.ops.fastfp8.
 from .error_word import check
 from .ops.dequantize import dequantize
 from .ops.gemm import gemm
+from .ops.gemm_swiglu_quantize import gemm_swiglu_quantize
 from .ops.grouped_gemm import grouped_gemm, masked_grouped_gemm
 from .ops.grouped_wgrad import grouped_wgrad
 from .ops.quantize import quantize
+from .ops.swiglu_quantize import swiglu_quantize
 from .scaled_tensor import ScaledTensor
 
 __version__ = _C.version
@@ -20,9 +22,11 @@ __all__ = [
     "check",
     "dequantize",
     "gemm",
+    "gemm_swiglu_quantize",
     "grouped_gemm",
     "grouped_wgrad",
     "masked_grouped_gemm",
     "nn",
     "quantize",
+    "swiglu_quantize",
 ]

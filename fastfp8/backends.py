@@ -12,9 +12,18 @@ import torch
 from . import _C
 
 KERNELS = Path(__file__).parent / "kernels"
-OPS = ("quantize", "dequantize", "gemm", "grouped_gemm", "masked_grouped_gemm", "grouped_wgrad")
+OPS = (
+    "quantize",
+    "dequantize",
+    "swiglu_quantize",
+    "gemm",
+    "grouped_gemm",
+    "masked_grouped_gemm",
+    "grouped_wgrad",
+    "gemm_swiglu_quantize",
+)
 # Those that have a CUDA C++ kernel.
-SM90_OPS = ("gemm", "grouped_gemm", "masked_grouped_gemm", "grouped_wgrad")
+SM90_OPS = ("gemm", "grouped_gemm", "masked_grouped_gemm", "grouped_wgrad", "gemm_swiglu_quantize")
 # Triton has conversions to and from e4m3 from this compute capability on.
 FP8_CAPABILITY = (8, 9)
 

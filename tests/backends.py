@@ -17,6 +17,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from placement import aligned, on_gpu, scaled_on_gpu
+from swiglu_backends import CudaSwiGlu, CudaTritonSwiGlu, EmulatedSwiGlu, InterpretedSwiGlu
 from torch import Tensor
 
 import fastfp8
@@ -34,6 +36,10 @@ class Backend(Protocol):
     ) -> ScaledTensor: ...
 
     def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor: ...
+
+    def swiglu_quantize(
+        self, gate_up: Tensor, weight: Tensor | None = None, limit: float | None = None, **options: Any
+    ) -> ScaledTensor: ...
 
     def gemm(
         self,
@@ -53,6 +59,11 @@ class Backend(Protocol):
         self, a: ScaledTensor, b: ScaledTensor, counts: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
     ) -> Tensor: ...
 
+    def gemm_swiglu_quantize(
+        self, a: ScaledTensor, b: ScaledTensor, offsets: Tensor | None = None, **options: Any
+    ) -> tuple[ScaledTensor, Tensor]:
+        """With gate and up, always."""
+
     def grouped_wgrad(
         self,
         grad_t: ScaledTensor,
@@ -70,6 +81,8 @@ class Reference:
 
     quantize = staticmethod(fastfp8.quantize)
     dequantize = staticmethod(fastfp8.dequantize)
+    swiglu_quantize = staticmethod(fastfp8.swiglu_quantize)
+    gemm_swiglu_quantize = staticmethod(functools.partial(fastfp8.gemm_swiglu_quantize, return_gate_up=True))
     gemm = staticmethod(fastfp8.gemm)
     grouped_gemm = staticmethod(fastfp8.grouped_gemm)
     masked_grouped_gemm = staticmethod(fastfp8.masked_grouped_gemm)
@@ -82,7 +95,7 @@ def _wgrad_out(grad_t: ScaledTensor, input_t: ScaledTensor, offsets: Tensor, out
     return torch.empty(shape, dtype=out_dtype or torch.float32).fill_(float("nan"))
 
 
-class TritonInterpreter:
+class TritonInterpreter(InterpretedSwiGlu):
     """The Triton kernels and their host functions on CPU tensors, after the checks that the ops make.
 
     ``error`` is the error word that grouped GEMMs get.
@@ -147,25 +160,16 @@ class TritonInterpreter:
         return out
 
 
-def _on_gpu(t: Tensor) -> Tensor:
-    """A copy on the GPU with the strides of ``t``, which ``Tensor.cuda`` keeps for dense tensors only."""
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda").copy_(t)
-
-
-def _scaled_on_gpu(t: ScaledTensor) -> ScaledTensor:
-    return ScaledTensor._trusted(_on_gpu(t.data), _on_gpu(t.scale), t.block)
-
-
-class Cuda:
+class Cuda(CudaSwiGlu):
     """The ops on a GPU."""
 
     def quantize(self, x: Tensor, block: Block = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0) -> ScaledTensor:
-        t = fastfp8.quantize(_on_gpu(x), block, pow2=pow2, eps=eps)
+        t = fastfp8.quantize(on_gpu(x), block, pow2=pow2, eps=eps)
         assert has_scale_layout(t.scale, block)  # here, because the copy to the CPU would mend it
         return t.to("cpu")
 
     def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return fastfp8.dequantize(_scaled_on_gpu(t), dtype).cpu()
+        return fastfp8.dequantize(scaled_on_gpu(t), dtype).cpu()
 
     def gemm(
         self,
@@ -176,20 +180,20 @@ class Cuda:
         c: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Tensor:
-        c = None if c is None else _on_gpu(c)
-        return fastfp8.gemm(_scaled_on_gpu(a), _scaled_on_gpu(b), out_dtype=out_dtype, c=c, num_sms=num_sms).cpu()
+        c = None if c is None else on_gpu(c)
+        return fastfp8.gemm(scaled_on_gpu(a), scaled_on_gpu(b), out_dtype=out_dtype, c=c, num_sms=num_sms).cpu()
 
     def grouped_gemm(
         self, a: ScaledTensor, b: ScaledTensor, offsets: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
-        on_gpu = _scaled_on_gpu(a), _scaled_on_gpu(b), _on_gpu(offsets)
-        return fastfp8.grouped_gemm(*on_gpu, out_dtype=out_dtype).cpu()
+        operands = scaled_on_gpu(a), scaled_on_gpu(b), on_gpu(offsets)
+        return fastfp8.grouped_gemm(*operands, out_dtype=out_dtype).cpu()
 
     def masked_grouped_gemm(
         self, a: ScaledTensor, b: ScaledTensor, counts: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
-        on_gpu = _scaled_on_gpu(a), _scaled_on_gpu(b), _on_gpu(counts)
-        return fastfp8.masked_grouped_gemm(*on_gpu, out_dtype=out_dtype).cpu()
+        operands = scaled_on_gpu(a), scaled_on_gpu(b), on_gpu(counts)
+        return fastfp8.masked_grouped_gemm(*operands, out_dtype=out_dtype).cpu()
 
     def grouped_wgrad(
         self,
@@ -201,13 +205,13 @@ class Cuda:
         accumulate: bool = False,
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
-        on_gpu = _scaled_on_gpu(grad_t), _scaled_on_gpu(input_t), _on_gpu(offsets)
+        operands = scaled_on_gpu(grad_t), scaled_on_gpu(input_t), on_gpu(offsets)
         if out is None:
-            return fastfp8.grouped_wgrad(*on_gpu, accumulate=accumulate, out_dtype=out_dtype).cpu()
-        return out.copy_(fastfp8.grouped_wgrad(*on_gpu, out=_on_gpu(out), accumulate=accumulate))
+            return fastfp8.grouped_wgrad(*operands, accumulate=accumulate, out_dtype=out_dtype).cpu()
+        return out.copy_(fastfp8.grouped_wgrad(*operands, out=on_gpu(out), accumulate=accumulate))
 
 
-class CudaTriton(Cuda):
+class CudaTriton(CudaTritonSwiGlu, Cuda):
     """As Cuda, but GEMMs in Triton where Hopper would take the sm_90a kernel."""
 
     def gemm(
@@ -219,23 +223,23 @@ class CudaTriton(Cuda):
         c: Tensor | None = None,
         num_sms: int | None = None,
     ) -> Tensor:
-        left, right = _scaled_on_gpu(a), _scaled_on_gpu(b)
-        c = None if c is None else _on_gpu(c)
+        left, right = scaled_on_gpu(a), scaled_on_gpu(b)
+        c = None if c is None else on_gpu(c)
         operands = (left.data, left.scale, right.data, right.scale, right.block)
         return torch.ops.fastfp8._gemm_triton(*operands, out_dtype, c, num_sms).cpu()
 
     def grouped_gemm(
         self, a: ScaledTensor, b: ScaledTensor, offsets: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
-        left, right = _scaled_on_gpu(a), _scaled_on_gpu(b)
-        operands = (left.data, left.scale, right.data, right.scale, _on_gpu(offsets), error_word(left.device))
+        left, right = scaled_on_gpu(a), scaled_on_gpu(b)
+        operands = (left.data, left.scale, right.data, right.scale, on_gpu(offsets), error_word(left.device))
         return torch.ops.fastfp8._grouped_gemm_triton(*operands, out_dtype).cpu()
 
     def masked_grouped_gemm(
         self, a: ScaledTensor, b: ScaledTensor, counts: Tensor, *, out_dtype: torch.dtype = torch.bfloat16
     ) -> Tensor:
-        left, right = _scaled_on_gpu(a), _scaled_on_gpu(b)
-        operands = (left.data, left.scale, right.data, right.scale, _on_gpu(counts), error_word(left.device))
+        left, right = scaled_on_gpu(a), scaled_on_gpu(b)
+        operands = (left.data, left.scale, right.data, right.scale, on_gpu(counts), error_word(left.device))
         return torch.ops.fastfp8._masked_grouped_gemm_triton(*operands, out_dtype).cpu()
 
     def grouped_wgrad(
@@ -249,8 +253,8 @@ class CudaTriton(Cuda):
         out_dtype: torch.dtype | None = None,
     ) -> Tensor:
         out = _wgrad_out(grad_t, input_t, offsets, out_dtype) if out is None else out
-        left, right, written = _scaled_on_gpu(grad_t), _scaled_on_gpu(input_t), _on_gpu(out)
-        operands = (left.data, left.scale, right.data, right.scale, _on_gpu(offsets), error_word(left.device))
+        left, right, written = scaled_on_gpu(grad_t), scaled_on_gpu(input_t), on_gpu(out)
+        operands = (left.data, left.scale, right.data, right.scale, on_gpu(offsets), error_word(left.device))
         torch.ops.fastfp8._grouped_wgrad_triton(*operands, written, accumulate)
         return out.copy_(written)
 
@@ -261,15 +265,7 @@ def _view(t: Tensor) -> _C.TensorView:
     return _C.TensorView(dtype, list(t.shape), list(t.stride()), 0, t.data_ptr())
 
 
-def _aligned(t: Tensor) -> Tensor:
-    """``t``, or a copy with its strides and all that lies between its elements where it is not 16-byte aligned."""
-    if t.data_ptr() % 16 == 0 or t.numel() == 0:
-        return t
-    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.as_strided((span,), (1,)).clone().as_strided(t.shape, t.stride(), 0)
-
-
-class Emulator:
+class Emulator(EmulatedSwiGlu):
     """The CUDA kernel of gemm, and the Triton ones of all else, from their PTX on the emulator of ``tests/emulator``.
 
     Args:
@@ -340,7 +336,7 @@ class Emulator:
 
         if NO_PROXY_FENCE:
             pytest.skip(NO_PROXY_FENCE)
-        tensors = [_aligned(t) for t in (a.data, a.scale, b.data, b.scale, sizes)]
+        tensors = [aligned(t) for t in (a.data, a.scale, b.data, b.scale, sizes)]
         host = functools.partial(getattr(module, op), *tensors, self.error, out_dtype)
         return self._run_triton(module, "grouped_gemm_kernel", host)
 
@@ -361,7 +357,7 @@ class Emulator:
         if NO_PROXY_FENCE:
             pytest.skip(NO_PROXY_FENCE)
         out = _wgrad_out(grad_t, input_t, offsets, out_dtype) if out is None else out
-        tensors = [_aligned(t) for t in (grad_t.data, grad_t.scale, input_t.data, input_t.scale, offsets)]
+        tensors = [aligned(t) for t in (grad_t.data, grad_t.scale, input_t.data, input_t.scale, offsets)]
         host = functools.partial(module.grouped_wgrad, *tensors, self.error, out, accumulate)
         self._run_triton(module, "grouped_wgrad_kernel", host)
         return out
@@ -392,8 +388,8 @@ class Emulator:
 
     def gemm_into(self, out: Tensor, a: ScaledTensor, b: ScaledTensor, c: Tensor | None = None) -> Any:
         """Writes a contiguous ``out``. Returns the launch's counters, or None where there is nothing to launch."""
-        a, b = (ScaledTensor._trusted(_aligned(t.data), _aligned(t.scale), t.block) for t in (a, b))
-        c = None if c is None else _aligned(c)
+        a, b = (ScaledTensor._trusted(aligned(t.data), aligned(t.scale), t.block) for t in (a, b))
+        c = None if c is None else aligned(c)
         problem = self._problem(a, b, out.dtype, c)
         if not out.numel():
             return None

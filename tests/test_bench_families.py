@@ -159,12 +159,15 @@ def test_static_rows_of_the_code() -> None:
         pytest.skip("no triton package, from which the disassembler comes")
     found = {(row.op, row.shape, row.unit): row.median for row in rows}
     for kernel in static.plans():
-        tile_m, tile_n = map(int, kernel.split("_")[4].split("x"))
+        tile_m, tile_n = map(int, kernel.removesuffix("_pair").removesuffix("_split").split("_")[-1].split("x"))
         # Of one consumer's wgmma, all that it promotes by 64 rows; tiles of fewer rows have A and B change places.
         columns = tile_m if tile_m < 64 else tile_n // 2 if tile_m == 64 else tile_n
         passes = max(1, columns // 128)  # of a wgmma's most columns in one accumulator
         assert found[kernel, "", "QGMMA"] == 4 * passes
-        assert found[kernel, "", "FFMA"] == columns // 2
+        if "swiglu" in kernel:  # which has those of its exponential and its divisions too
+            assert found[kernel, "", "FFMA"] > columns // 2
+        else:
+            assert found[kernel, "", "FFMA"] == columns // 2
         assert found[kernel, "", "LDL and STL"] == 0
         assert columns // 2 < found[kernel, "", "instructions of the main loop"] < found[kernel, "", "instructions"]
     triton = {(op, shape) for op, shape, _ in found if op.endswith("_kernel")}

@@ -106,6 +106,37 @@ def grouped_cases(op: str) -> list[Any]:
     ]
 
 
+def swiglu_cases() -> list[Any]:
+    wide = randn(5, 600)
+    return [
+        pytest.param((wide,), id="defaults"),
+        pytest.param((wide.bfloat16(), randn(5), 7.0, True, 1e-4), id="all-options"),
+        pytest.param((randn(8, 512).t()[:, ::2], randn(1).expand(512)), id="strided"),
+        pytest.param((randn(0, 256), randn(0)), id="no-rows"),
+        pytest.param((randn(3, 0),), id="no-columns"),
+    ]
+
+
+def gemm_swiglu_args(rows: int, b_shape: tuple[int, ...], *rest: Any) -> tuple[Any, ...]:
+    a, b = fastfp8.quantize(randn(rows, b_shape[-1])), fastfp8.quantize(randn(*b_shape), (128, 128))
+    return (a.data, a.scale, b.data, b.scale, *rest)
+
+
+def gemm_swiglu_cases() -> list[Any]:
+    """All rows are in a group, for the others have no values to compare."""
+    ends, word = torch.tensor([2, 2, 5], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    options = (randn(5), 7.0, True, 1e-4, True)
+    return [
+        pytest.param(gemm_swiglu_args(5, (256, 304)), id="defaults"),
+        pytest.param(gemm_swiglu_args(5, (512, 304), None, word, *options), id="all-options"),
+        pytest.param(gemm_swiglu_args(5, (3, 256, 304), ends), id="groups"),
+        pytest.param(gemm_swiglu_args(5, (3, 256, 304), ends, word, *options), id="groups-all-options"),
+        pytest.param(gemm_swiglu_args(0, (256, 304)), id="no-rows"),
+        pytest.param(gemm_swiglu_args(3, (0, 304)), id="no-columns"),
+        pytest.param(gemm_swiglu_args(3, (256, 0)), id="no-k"),
+    ]
+
+
 def wgrad_args(*rest: Any, n: int = 5, k: int = 16, tokens: int = 304) -> tuple[Any, ...]:
     """The second of three groups is empty. The error word is the first of ``rest``."""
     left, right = fastfp8.quantize(randn(n, tokens)), fastfp8.quantize(randn(k, tokens))
@@ -138,6 +169,8 @@ CASES = {
     OPS.gemm.default: gemm_cases(),
     OPS.grouped_gemm.default: grouped_cases("grouped_gemm"),
     OPS.masked_grouped_gemm.default: grouped_cases("masked_grouped_gemm"),
+    OPS.swiglu_quantize.default: swiglu_cases(),
+    OPS.gemm_swiglu_quantize.default: gemm_swiglu_cases(),
     OPS.grouped_wgrad.default: wgrad_cases(),
     OPS.grouped_wgrad.out: wgrad_out_cases(),
 }
@@ -264,6 +297,14 @@ def experts(x: Tensor, w: Tensor, ends: Tensor, counts: Tensor) -> tuple[ScaledT
     return stack, y, fastfp8.masked_grouped_gemm(stack, b, counts)
 
 
+def gated_mlp(x: Tensor, w: Tensor, ends: Tensor, weight: Tensor) -> tuple[ScaledTensor, Tensor, ScaledTensor]:
+    """Groups of rows with gate and up kept, and the first group's weights again for all rows."""
+    a, b = fastfp8.quantize(x), fastfp8.quantize(w, (128, 128))
+    h, gate_up = fastfp8.gemm_swiglu_quantize(a, b, ends, weight=weight, limit=7.0, return_gate_up=True)
+    dense = fastfp8.gemm_swiglu_quantize(a, fastfp8.quantize(w[0], (128, 128)), pow2=True)
+    return h, gate_up, dense
+
+
 def expert_gradients(dy: Tensor, x: Tensor, ends: Tensor, main_grad: Tensor) -> tuple[Tensor, Tensor]:
     """Of all experts, a new tensor and the sum in main_grad, which the op writes."""
     left, right = (fastfp8.quantize(t, (128, 1)).t().contiguous() for t in (dy, x))
@@ -307,6 +348,18 @@ class TestCompile:
             args = randn(m, 304, dtype=torch.bfloat16), randn(3, 24, 304), ends, counts
             assert same(function(*args), experts(*args))
 
+    def test_gated_mlp(self, backend: str, dynamic: bool | None) -> None:
+        function = compiled(gated_mlp, backend, dynamic)
+        for m in (5, 8, 130):
+            args = randn(m, 304), randn(2, 256, 304), torch.tensor([2, m], dtype=torch.int32), randn(m)
+            assert same(function(*args), gated_mlp(*args))
+
+    def test_swiglu_quantize(self, backend: str, dynamic: bool | None) -> None:
+        function = compiled(fastfp8.swiglu_quantize, backend, dynamic)
+        for m in (5, 8, 130):
+            args = randn(m, 600, dtype=torch.bfloat16), randn(m), 7.0
+            assert same(function(*args), fastfp8.swiglu_quantize(*args))
+
     def test_expert_gradients(self, backend: str, dynamic: bool | None) -> None:
         function = compiled(expert_gradients, backend, dynamic)
         for tokens in (304, 320, 512):
@@ -349,18 +402,19 @@ class TestCompileMore:
 class TestAutograd:
     """No op has a backward, modules define theirs; and torch must not derive one from what the reference is made of."""
 
-    @pytest.mark.parametrize(
-        "op", ["quantize", "dequantize", "gemm", "grouped_gemm", "masked_grouped_gemm", "grouped_wgrad"]
-    )
+    @pytest.mark.parametrize("op", sorted({op._opname for op in CASES}))
     def test_backward_warns_and_gives_nothing(self, op: str) -> None:
-        x = randn(5, 304).requires_grad_()
+        x, wide = randn(5, 304).requires_grad_(), randn(5, 600).requires_grad_()
         t, w = fastfp8.quantize(randn(5, 304)), fastfp8.quantize(randn(16, 304), (128, 128))
         scale = t.scale.detach().requires_grad_()
         of_groups = {name: grouped_args(name, None) for name in ("grouped_gemm", "masked_grouped_gemm")}
         of_groups["grouped_wgrad"] = wgrad_args(None)
         if op in of_groups:
             scale = of_groups[op][1].detach().requires_grad_()
+        swiglu = gemm_swiglu_args(5, (256, 304))
         leaf, out = {
+            "swiglu_quantize": lambda: (wide, OPS.swiglu_quantize(wide)[1]),
+            "gemm_swiglu_quantize": lambda: (scale, OPS.gemm_swiglu_quantize(swiglu[0], scale, *swiglu[2:])[1]),
             "quantize": lambda: (x, OPS.quantize(x)[1]),
             "dequantize": lambda: (scale, OPS.dequantize(t.data, scale, t.block, torch.float32)),
             "gemm": lambda: (scale, OPS.gemm(t.data, scale, w.data, w.scale)),

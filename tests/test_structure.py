@@ -14,7 +14,16 @@ CPP = sorted(p for p in CSRC.rglob("*") if p.suffix in {".cpp", ".h", ".cu", ".c
 PYTHON = sorted(p for folder in ("fastfp8", "bench", "tests", "build_support") for p in (ROOT / folder).rglob("*.py"))
 EMULATOR = sorted(p for d in ("src", "fuzz") for p in (ROOT / "tests" / "emulator" / d).iterdir() if p.is_file())
 BUDGETED = CPP + EMULATOR + PYTHON + sorted((ROOT / "tests" / "cuda").iterdir())
-OPS = ("quantize", "dequantize", "gemm", "grouped_gemm", "masked_grouped_gemm", "grouped_wgrad")
+OPS = (
+    "quantize",
+    "swiglu_quantize",
+    "dequantize",
+    "gemm",
+    "grouped_gemm",
+    "masked_grouped_gemm",
+    "gemm_swiglu_quantize",
+    "grouped_wgrad",
+)
 # Ops that share the files of another, because they share its kernel.
 STEM_OF = {"masked_grouped_gemm": "grouped_gemm"}
 MAX_FILE, MAX_FUNCTION = 500, 150

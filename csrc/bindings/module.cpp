@@ -103,6 +103,14 @@ void bind_gemm(py::module_& module) {
           py::arg("a"), py::arg("a_scale"), py::arg("b"), py::arg("b_scale"), py::arg("ends"), py::arg("groups"),
           py::arg("masked"), py::arg("out_dtype"), py::arg("num_sms"), py::arg("machine") = "H100",
           "Rows of A in groups, each by a B of its own; tensors of three dimensions flattened to two.")
+      .def(
+          "with_swiglu",
+          [](const GemmProblem& self, const std::optional<TensorView>& weight, std::optional<double> limit, bool pow2,
+             double eps, bool gate_up) {
+            return with_swiglu(self, {"gemm_swiglu_quantize", weight, limit, pow2, eps, gate_up}, 0);
+          },
+          py::arg("weight"), py::arg("limit"), py::arg("pow2"), py::arg("eps"), py::arg("gate_up"),
+          "The same with SwiGLU and quantisation behind the product of gate and up; on device 0.")
       .def_static(
           "wgrad",
           [](const TensorView& grad_t, const TensorView& grad_t_scale, const TensorView& input_t,

@@ -4,6 +4,9 @@
 
 STABLE_TORCH_LIBRARY(fastfp8, library) {
   library.def("quantize(Tensor x, int[2] block=[1, 128], bool pow2=False, float eps=0.0) -> (Tensor, Tensor)");
+  library.def(
+      "swiglu_quantize(Tensor gate_up, Tensor? weight=None, float? limit=None, bool pow2=False, float eps=0.0) -> "
+      "(Tensor, Tensor)");
   library.def("dequantize(Tensor data, Tensor scale, int[2] block, ScalarType dtype=bfloat16) -> Tensor");
   library.def(
       "gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, int[2] b_block=[128, 128], "
@@ -15,6 +18,11 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
   library.def(
       "masked_grouped_gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor counts, Tensor(a!)? error, "
       "ScalarType out_dtype=bfloat16) -> Tensor");
+  // The third result is gate and up; without `return_gate_up` it has no rows.
+  library.def(
+      "gemm_swiglu_quantize(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? offsets=None, "
+      "Tensor(a!)? error=None, Tensor? weight=None, float? limit=None, bool pow2=False, float eps=0.0, "
+      "bool return_gate_up=False) -> (Tensor, Tensor, Tensor)");
   library.def(
       "grouped_wgrad(Tensor grad_t, Tensor grad_t_scale, Tensor input_t, Tensor input_t_scale, Tensor offsets, "
       "Tensor(a!)? error, ScalarType out_dtype=float) -> Tensor");
@@ -32,6 +40,10 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
   library.def(
       "_masked_grouped_gemm_triton(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor counts, "
       "Tensor(a!)? error, ScalarType out_dtype=bfloat16) -> Tensor");
+  library.def(
+      "_gemm_swiglu_quantize_triton(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? offsets, "
+      "Tensor(a!)? error, Tensor? weight, float? limit, bool pow2, float eps, bool return_gate_up) -> "
+      "(Tensor, Tensor, Tensor)");
   library.def(
       "_grouped_wgrad_triton(Tensor grad_t, Tensor grad_t_scale, Tensor input_t, Tensor input_t_scale, Tensor offsets, "
       "Tensor(a!)? error, Tensor(b!) out, bool accumulate) -> ()");

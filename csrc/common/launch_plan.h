@@ -22,7 +22,7 @@ struct TensorMapSlot {
 using LaunchArgument = std::variant<int32_t, float, TensorSlot, TensorMapSlot>;
 
 struct LaunchPlan {
-  static constexpr int kMaxArguments = 16;
+  static constexpr int kMaxArguments = 24;
 
   const char* module;  // stem of the .ptx and .cubin files in fastfp8/kernels
   const char* kernel;  // symbol in the module

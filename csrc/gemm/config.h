@@ -51,7 +51,16 @@ enum class Cluster : uint8_t { kNone, kPair, kSplit };
 enum class Grouping : uint8_t { kNone, kRows, kDepth };
 
 constexpr int kMaxGroups = 1024;
-constexpr int kBadEnds = 1, kBadCounts = 2, kBadTokenEnds = 4;  // bits of the error word (fastfp8/error_word.py)
+// Bits of the error word (fastfp8/error_word.py).
+constexpr int kBadEnds = 1, kBadCounts = 2, kBadTokenEnds = 4, kBadSwiGluEnds = 8;
+
+// Output in e4m3 is that of SwiGLU: B has the rows of gate, then as many of up, and one quantisation block of the
+// result is a row of 128 columns. A tile takes 128 rows of each, so that a thread has gate in its first pass and up in
+// its second, at the same places.
+constexpr bool is_swiglu(DType out) { return out == DType::kE4M3; }
+constexpr int out_columns(int product_columns, DType out) {
+  return is_swiglu(out) ? product_columns / 2 : product_columns;
+}
 
 // K is cut into segments whose sums are added in ascending order: that is part of an output's value, so it depends on N
 // and K alone, never on M or the GPU. Whether the CTAs of a cluster take a segment each or one CTA takes them all is
@@ -73,6 +82,11 @@ struct Segments {
       count *= 2;
     return {blocks, count < kFewest ? 1 : count};
   }
+
+  // Of a problem or an instance: the two passes of SwiGLU leave no registers for the sums of a second segment.
+  static constexpr Segments of(int n, int k, BScales scales, DType out) {
+    return is_swiglu(out) ? Segments{(k + kTileK - 1) / kTileK, 1} : of(n, k, scales);
+  }
 };
 
 // Rows of B in one TMA load of a CTA, of which `sharers` load for each other: never more than one pass has.
@@ -83,7 +97,7 @@ constexpr int b_box_rows(TileShape tile, int sharers) {
 
 // Whether output is staged in shared memory and goes from there by TMA.
 constexpr bool stores_by_tma(TileShape tile, DType out, Cluster cluster) {
-  return out == DType::kBF16 && cluster != Cluster::kSplit && !tile.swapped();
+  return out != DType::kF32 && cluster != Cluster::kSplit && !tile.swapped();
 }
 
 // Columns of BF16 output in one TMA store: a row of the box is one swizzle span of 64 or 128 bytes.
@@ -122,11 +136,12 @@ struct SharedPlan {
   }
 
   // As many stages as fit. BF16 output is staged a pass at a time; FP32 output, and that of swapped operands, goes from
-  // registers to global memory and needs no staging: see the epilogue.
+  // registers to global memory and needs no staging: see the epilogue. SwiGLU stages its e4m3 and, panel after panel,
+  // its BF16 in the same place.
   static constexpr SharedPlan make(TileShape tile, BScales scales, DType out, Cluster cluster, Grouping grouping) {
     const int out_bytes = kConsumers * kWgmmaM * tile.pass_columns() *
                           (cluster == Cluster::kSplit          ? 4
-                           : stores_by_tma(tile, out, cluster) ? 2
+                           : stores_by_tma(tile, out, cluster) ? size_of(out)
                                                                : 0);
     const int group_bytes = kMaxGroups * 4 * (grouping == Grouping::kRows ? 2 : grouping == Grouping::kDepth ? 1 : 0);
     const int per_stage =

@@ -46,6 +46,14 @@ struct Instance {
   FASTFP8_GROUPED(OUT, STEM, 16, 128, kNone, ""), FASTFP8_GROUPED(OUT, STEM, 32, 128, kNone, ""),      \
       FASTFP8_GROUPED(OUT, STEM, 64, 128, kNone, ""), FASTFP8_GROUPED(OUT, STEM, 128, 128, kNone, ""), \
       FASTFP8_GROUPED(OUT, STEM, 128, 256, kNone, ""), FASTFP8_GROUPED(OUT, STEM, 128, 256, kPair, "_pair")
+#define FASTFP8_SWIGLU(GROUPING, STEM, KIND, SUFFIX) \
+  {Grouping::GROUPING,                               \
+   BScales::kBlock,                                  \
+   DType::kE4M3,                                     \
+   {128, 256},                                       \
+   Cluster::KIND,                                    \
+   "gemm_" STEM,                                     \
+   "gemm_sm90_" STEM "_128x256" SUFFIX}
 #define FASTFP8_DEPTH(OUT, STEM, KIND, SUFFIX) \
   {Grouping::kDepth,                           \
    BScales::kRow,                              \
@@ -55,12 +63,22 @@ struct Instance {
    "gemm_" STEM,                               \
    "gemm_sm90_" STEM "_128x128" SUFFIX}
 constexpr Instance kInstances[] = {
-    FASTFP8_INSTANCES(kBlock, kBF16, "block_bf16"), FASTFP8_INSTANCES(kBlock, kF32, "block_f32"),
-    FASTFP8_INSTANCES(kRow, kBF16, "row_bf16"),     FASTFP8_INSTANCES(kRow, kF32, "row_f32"),
-    FASTFP8_BLOCK_ONLY(kBF16, "block_bf16"),        FASTFP8_BLOCK_ONLY(kF32, "block_f32"),
-    FASTFP8_GROUPS(kBF16, "grouped_bf16"),          FASTFP8_GROUPS(kF32, "grouped_f32"),
-    FASTFP8_DEPTH(kBF16, "wgrad_bf16", kNone, ""),  FASTFP8_DEPTH(kBF16, "wgrad_bf16", kPair, "_pair"),
-    FASTFP8_DEPTH(kF32, "wgrad_f32", kNone, ""),    FASTFP8_DEPTH(kF32, "wgrad_f32", kPair, "_pair"),
+    FASTFP8_INSTANCES(kBlock, kBF16, "block_bf16"),
+    FASTFP8_INSTANCES(kBlock, kF32, "block_f32"),
+    FASTFP8_INSTANCES(kRow, kBF16, "row_bf16"),
+    FASTFP8_INSTANCES(kRow, kF32, "row_f32"),
+    FASTFP8_BLOCK_ONLY(kBF16, "block_bf16"),
+    FASTFP8_BLOCK_ONLY(kF32, "block_f32"),
+    FASTFP8_GROUPS(kBF16, "grouped_bf16"),
+    FASTFP8_GROUPS(kF32, "grouped_f32"),
+    FASTFP8_DEPTH(kBF16, "wgrad_bf16", kNone, ""),
+    FASTFP8_DEPTH(kBF16, "wgrad_bf16", kPair, "_pair"),
+    FASTFP8_DEPTH(kF32, "wgrad_f32", kNone, ""),
+    FASTFP8_DEPTH(kF32, "wgrad_f32", kPair, "_pair"),
+    FASTFP8_SWIGLU(kNone, "swiglu", kNone, ""),
+    FASTFP8_SWIGLU(kNone, "swiglu", kPair, "_pair"),
+    FASTFP8_SWIGLU(kRows, "grouped_swiglu", kNone, ""),
+    FASTFP8_SWIGLU(kRows, "grouped_swiglu", kPair, "_pair"),
 };
 #undef FASTFP8_DEPTH
 #undef FASTFP8_INSTANCES
@@ -68,6 +86,7 @@ constexpr Instance kInstances[] = {
 #undef FASTFP8_BLOCK_ONLY
 #undef FASTFP8_GROUPS
 #undef FASTFP8_GROUPED
+#undef FASTFP8_SWIGLU
 
 const Instance& find_instance(const GemmProblem& problem, const GemmConfig& config) {
   for (const Instance& instance : kInstances) {
@@ -98,15 +117,18 @@ TensorMapSlot scale_map(const char* slot, int rows, int k, int64_t pitch, int ti
            Swizzle::kNone}};
 }
 
-// BF16 output, 64 rows (one consumer's) by one panel.
-TensorMapSlot out_map(int m, int n, TileShape tile) {
-  const int columns = out_panel_columns(tile.pass_columns());
-  return {"out",
-          {DType::kBF16,
+// Output, 64 rows (one consumer's) by one panel, a row of which is one swizzle span.
+TensorMapSlot panel_map(const char* slot, DType dtype, int m, int n, int panel_columns) {
+  const int size = size_of(dtype);
+  return {slot,
+          {dtype,
            {static_cast<uint64_t>(n), static_cast<uint64_t>(m)},
-           static_cast<uint64_t>(n) * 2,
-           {static_cast<uint32_t>(columns), kWgmmaM},
-           columns == 64 ? Swizzle::k128B : Swizzle::k64B}};
+           static_cast<uint64_t>(n) * size,
+           {static_cast<uint32_t>(panel_columns), kWgmmaM},
+           panel_columns * size == 128 ? Swizzle::k128B : Swizzle::k64B}};
+}
+TensorMapSlot out_map(int m, int n, TileShape tile) {
+  return panel_map("out", DType::kBF16, m, n, out_panel_columns(tile.pass_columns()));
 }
 
 // All entries begin with these (kernels/gemm_sm90.cuh).
@@ -145,6 +167,34 @@ LaunchPlan plan_grouped(const GemmProblem& problem, const GemmConfig& config) {
   return plan;
 }
 
+LaunchPlan plan_swiglu(const GemmProblem& problem, const GemmConfig& config) {
+  const SwiGlu& swiglu = *problem.swiglu;
+  LaunchPlan plan = begin_plan(problem, config);
+  plan.add(panel_map("out", DType::kE4M3, problem.m, problem.n / 2, 128));
+  plan.add(swiglu.gate_up ? panel_map("gate_up", DType::kBF16, problem.m, problem.n, 64) : TensorMapSlot{});
+  plan.add(TensorSlot{"b_scale"});
+  // By the map where a tile is full, by address where rows behind it are another group's.
+  plan.add(TensorSlot{problem.groups ? "out" : nullptr});
+  plan.add(TensorSlot{swiglu.gate_up ? "gate_up" : nullptr});
+  plan.add(TensorSlot{"out_scale"});
+  plan.add(TensorSlot{swiglu.weighted ? "weight" : nullptr});
+  plan.add(TensorSlot{problem.groups ? "ends" : nullptr});
+  plan.add(TensorSlot{problem.groups ? "error" : nullptr});
+  plan.add(int32_t{problem.groups});
+  plan.add(int32_t{problem.m});
+  plan.add(int32_t{problem.n});
+  plan.add(int32_t{problem.k});
+  plan.add(int32_t{config.order.tiles_m});
+  plan.add(int32_t{config.order.tiles_n});
+  plan.add(int32_t{config.order.band});
+  plan.add(int32_t{swiglu.out_scale_pitch});
+  plan.add(int32_t{swiglu.weight_stride});
+  plan.add(swiglu.limit);
+  plan.add(swiglu.floor);
+  plan.add(int32_t{swiglu.pow2});
+  return plan;
+}
+
 LaunchPlan plan_depth(const GemmProblem& problem, const GemmConfig& config) {
   LaunchPlan plan = begin_plan(problem, config);
   plan.add(scale_map("b_scale", problem.n, problem.k, problem.b_scale_pitch, config.tile.n));
@@ -166,6 +216,7 @@ LaunchPlan plan_depth(const GemmProblem& problem, const GemmConfig& config) {
 }  // namespace
 
 LaunchPlan plan(const GemmProblem& problem, const GemmConfig& config) {
+  if (problem.swiglu) return plan_swiglu(problem, config);
   if (problem.grouping == Grouping::kRows) return plan_grouped(problem, config);
   if (problem.grouping == Grouping::kDepth) return plan_depth(problem, config);
   const bool by_row = problem.b_scales == BScales::kRow;

@@ -1,5 +1,6 @@
 #include "problem.h"
 
+#include <algorithm>
 #include <limits>
 #include <sstream>
 
@@ -117,22 +118,22 @@ void check_ends(const char* op, const char* name, const TensorView& ends, int64_
 }  // namespace
 
 GemmProblem make_problem(const GemmOperands& operands, int num_sms, const Machine& machine) {
-  constexpr const char* kOp = "gemm";
+  const char* op = operands.op;
   const bool by_row = operands.b_block_rows == 1;
-  FASTFP8_CHECK_ARGUMENT(operands.b_block_columns == 128 && (by_row || operands.b_block_rows == 128), kOp, "b_block",
+  FASTFP8_CHECK_ARGUMENT(operands.b_block_columns == 128 && (by_row || operands.b_block_rows == 128), op, "b_block",
                          "(128, 128) or (1, 128)",
                          "(" << operands.b_block_rows << ", " << operands.b_block_columns << ")");
-  GemmProblem problem = check_operands(names_of_gemm(kOp), operands.a, operands.a_scale, operands.b, operands.b_scale,
+  GemmProblem problem = check_operands(names_of_gemm(op), operands.a, operands.a_scale, operands.b, operands.b_scale,
                                        by_row ? BScales::kRow : BScales::kBlock, operands.out);
   if (operands.c) {
     const TensorView& c = *operands.c;
-    FASTFP8_CHECK_ARGUMENT(c.dtype == DType::kBF16 || c.dtype == DType::kF32, kOp, "c", "dtype bfloat16 or float32",
+    FASTFP8_CHECK_ARGUMENT(c.dtype == DType::kBF16 || c.dtype == DType::kF32, op, "c", "dtype bfloat16 or float32",
                            name_of(c.dtype));
-    check_tensor(kOp, "c", c, c.dtype, operands.a.device);
+    check_tensor(op, "c", c, c.dtype, operands.a.device);
     const std::array<int64_t, 2> shape{problem.m, problem.n};
-    FASTFP8_CHECK_ARGUMENT(c.sizes == shape, kOp, "c", "shape " << PrintPair{shape}, "shape " << PrintPair{c.sizes});
-    const int64_t pitch = check_row_major(kOp, "c", c) / size_of(c.dtype);
-    FASTFP8_CHECK_ARGUMENT(pitch <= std::numeric_limits<int32_t>::max(), kOp, "c", "rows less than 2^31 elements apart",
+    FASTFP8_CHECK_ARGUMENT(c.sizes == shape, op, "c", "shape " << PrintPair{shape}, "shape " << PrintPair{c.sizes});
+    const int64_t pitch = check_row_major(op, "c", c) / size_of(c.dtype);
+    FASTFP8_CHECK_ARGUMENT(pitch <= std::numeric_limits<int32_t>::max(), op, "c", "rows less than 2^31 elements apart",
                            "stride " << PrintPair{c.strides});
     problem.c = c.dtype;
     problem.c_pitch = static_cast<int>(pitch);
@@ -157,6 +158,36 @@ GemmProblem make_problem(const GroupedOperands& operands, int num_sms, const Mac
   problem.num_sms = num_sms;
   problem.machine = &machine;
   return problem;
+}
+
+GemmProblem with_swiglu(GemmProblem product, const SwiGluOperands& operands, int device) {
+  const char* op = operands.op;
+  constexpr double kMost = 0x1p100;
+  FASTFP8_CHECK_ARGUMENT(product.n % 256 == 0, op, "b", "2 F rows, F a multiple of 128", product.n << " rows");
+  FASTFP8_CHECK_ARGUMENT(!operands.limit || (*operands.limit >= 1 / kMost && *operands.limit <= kMost), op, "limit",
+                         "a positive number from 2**-100 to 2**100", *operands.limit);
+  FASTFP8_CHECK_ARGUMENT(operands.eps >= 0 && operands.eps < kMost, op, "eps", "a number from 0 up to 2**100",
+                         operands.eps);
+  constexpr double kAmaxFloor = 0x1p-110;  // fastfp8/reference/quantize.py
+  SwiGlu swiglu{};
+  if (operands.weight) {
+    const TensorView& weight = *operands.weight;
+    FASTFP8_CHECK_ARGUMENT(weight.dtype == DType::kF32, op, "weight", "dtype float32", name_of(weight.dtype));
+    FASTFP8_CHECK_ARGUMENT(weight.dim == 1 && weight.sizes[0] == product.m, op, "weight",
+                           "one number for each of " << product.m << " rows",
+                           weight.dim << " dimensions, the first of " << weight.sizes[0]);
+    FASTFP8_CHECK_ARGUMENT(weight.device == device, op, "weight", "a tensor on the device of 'a'", "one elsewhere");
+    FASTFP8_CHECK_ARGUMENT(weight.strides[0] <= std::numeric_limits<int32_t>::max(), op, "weight",
+                           "elements less than 2^31 apart", "stride " << weight.strides[0]);
+    swiglu.weighted = true, swiglu.weight_stride = static_cast<int>(weight.strides[0]);
+  }
+  swiglu.gate_up = operands.gate_up, swiglu.pow2 = operands.pow2;
+  swiglu.limit = operands.limit ? static_cast<float>(*operands.limit) : std::numeric_limits<float>::infinity();
+  swiglu.floor = static_cast<float>(std::max(operands.eps, kAmaxFloor));
+  swiglu.out_scale_pitch = static_cast<int>(round_up(product.m, 4));
+  product.out = DType::kE4M3;
+  product.swiglu = swiglu;
+  return product;
 }
 
 GemmProblem make_problem(const WgradOperands& operands, int num_sms, const Machine& machine) {
@@ -191,7 +222,8 @@ std::string GemmProblem::str() const {
   text << "GemmProblem(m=" << m << ", n=" << n << ", k=" << k
        << ", b_scales=" << (b_scales == BScales::kRow ? "row" : "block") << ", out=" << name_of(out)
        << ", c=" << (c ? name_of(*c) : "None") << (groups ? ", groups=" + std::to_string(groups) : "")
-       << ", num_sms=" << num_sms << ", machine=" << machine->name << ")";
+       << (swiglu ? swiglu->gate_up ? ", swiglu and gate_up" : ", swiglu" : "") << ", num_sms=" << num_sms
+       << ", machine=" << machine->name << ")";
   return text.str();
 }
 

@@ -10,11 +10,21 @@
 
 namespace fastfp8::gemm {
 
+// What SwiGLU takes beside gate and up, and which outputs it has.
+struct SwiGlu {
+  bool gate_up;  // gate and up in BF16 too
+  bool weighted;
+  int weight_stride;
+  float limit, floor;  // of gate and up, infinite for none; of amax
+  bool pow2;
+  int out_scale_pitch;  // floats from one column of the result's scales to the next
+};
+
 // out[M, N] = A[M, K] B[N, K]^T (+ C), checked: every number here is one that the kernels can serve.
 struct GemmProblem {
   int m, n, k;
   BScales b_scales;
-  DType out;                             // kBF16 or kF32
+  DType out;                             // kBF16 or kF32; kE4M3 with swiglu, which makes [M, N / 2] of the product
   std::optional<DType> c;                // kBF16 or kF32, if there is one
   int64_t a_pitch, b_pitch;              // bytes from row to row of the codes
   int64_t a_scale_pitch, b_scale_pitch;  // floats from one k-block to the next ((1, 128) scales are column-major)
@@ -26,6 +36,7 @@ struct GemmProblem {
   Grouping grouping = Grouping::kNone;
   int groups = 0;
   int group_rows = 0;  // kRows: rows of A from group to group; 0 where the ends of the groups' rows are given
+  std::optional<SwiGlu> swiglu;
 
   int row_groups() const { return grouping == Grouping::kRows ? groups : 1; }
   int depth_groups() const { return grouping == Grouping::kDepth ? groups : 1; }
@@ -38,6 +49,7 @@ struct GemmOperands {
   std::optional<TensorView> c;
   int64_t b_block_rows, b_block_columns;
   DType out;
+  const char* op = "gemm";  // for messages
 };
 
 // Rows of A in groups, each multiplied by a B of its own. Tensors of three dimensions come flattened to [G * rows, K].
@@ -48,6 +60,16 @@ struct GroupedOperands {
   int64_t groups;
   bool masked;  // groups lie a fixed number of rows apart, and group_ends counts rows
   DType out;
+};
+
+// What becomes of a product of gate and up.
+struct SwiGluOperands {
+  const char* op;  // for messages
+  std::optional<TensorView> weight;
+  std::optional<double> limit;
+  bool pow2;
+  double eps;
+  bool gate_up;
 };
 
 // Wgrad of a grouped linear layer, in the op's own names: out[g][N, K] (+)= grad_t[N, T of g] input_t[K, T of g]^T.
@@ -61,5 +83,7 @@ struct WgradOperands {
 GemmProblem make_problem(const GemmOperands& operands, int num_sms, const Machine& machine);
 GemmProblem make_problem(const GroupedOperands& operands, int num_sms, const Machine& machine);
 GemmProblem make_problem(const WgradOperands& operands, int num_sms, const Machine& machine);
+// Of a product with BF16 output, the same with SwiGLU and quantisation behind it.
+GemmProblem with_swiglu(GemmProblem product, const SwiGluOperands& operands, int device);
 
 }  // namespace fastfp8::gemm

@@ -17,6 +17,7 @@ constexpr double kExchange = 1500;      // of a split: two meetings of the clust
 constexpr double kFp32PerClock = 128;   // FFMA or FMUL, one SM
 constexpr double kNotHidden = 0.1;      // of the shorter of computing and HBM, the share that the longer does not cover
 constexpr double kOperandBytes = 128;   // of shared memory that wgmma reads per clock
+constexpr double kSwiGluWork = 48;      // instructions an element of SwiGLU's result, counted in the SASS
 
 // How many tile rows one band of the walk has: the tiles in flight should cover a region close to a square in bytes.
 int band_of(int tiles_m, int tile_m, int tile_n, int clusters) {
@@ -30,12 +31,18 @@ int band_of(int tiles_m, int tile_m, int tile_n, int clusters) {
   return best;
 }
 
+// Of output, an element of the product.
+double out_bytes(const GemmProblem& problem) {
+  if (problem.swiglu) return 0.5 * size_of(problem.out) + (problem.swiglu->gate_up ? size_of(DType::kBF16) : 0);
+  return size_of(problem.out);
+}
+
 // The bytes that must come from HBM or go there.
 double traffic(const GemmProblem& problem) {
-  const double m = problem.m, n = problem.n, k = problem.k, out = size_of(problem.out);
+  const double m = problem.m, n = problem.n, k = problem.k;
   const double b = n * k + (problem.b_scales == BScales::kRow ? n : n / 128) * k / 128 * 4;
   return m * k + m * k / 128 * 4 + problem.row_groups() * b +
-         problem.depth_groups() * m * n * (out + (problem.c ? size_of(*problem.c) : 0));
+         problem.depth_groups() * m * n * (out_bytes(problem) + (problem.c ? size_of(*problem.c) : 0));
 }
 
 // Of one group, as if all had as many; how many they have is in device memory.
@@ -70,7 +77,9 @@ Cost cost_of(const GemmProblem& problem, const GemmConfig& config) {
   cost.block = std::max({cost.tensor, cost.consumer, cost.from_l2, cost.into_sm, cost.latency});
   cost.fill = machine.latency + cost.block;
   const double staged = stores_by_tma(config.tile, problem.out, config.kind) ? kStagedBytes : kStoredBytes;
-  cost.epilogue = split ? kExchange : passes * kEpilogueFixed + rows_a * config.tile.n * size_of(problem.out) / staged;
+  const int stagings = !problem.swiglu ? passes : problem.swiglu->gate_up ? 5 : 1;
+  cost.epilogue = split ? kExchange : stagings * kEpilogueFixed + rows_a * config.tile.n * out_bytes(problem) / staged;
+  if (problem.swiglu) cost.epilogue += kSwiGluWork * rows_a * (config.tile.n / 2) / kFp32PerClock;
   const int clusters = std::max(problem.num_sms / config.cluster, 1);
   cost.waves = static_cast<double>(ceil_div(tiles_of(problem, config), clusters));
   cost.hbm = traffic(problem) / machine.hbm_bytes;
@@ -88,7 +97,7 @@ Cost cost_of(const GemmProblem& problem, const GemmConfig& config) {
 GemmConfig make_config(const GemmProblem& problem, TileShape tile, Cluster kind) {
   GemmConfig config{};
   config.tile = tile, config.kind = kind;
-  config.segments = Segments::of(problem.n, problem.k, problem.b_scales);
+  config.segments = Segments::of(problem.n, problem.k, problem.b_scales, problem.out);
   config.cluster = kind == Cluster::kNone ? 1 : kind == Cluster::kPair ? 2 : config.segments.count;
   config.stages = SharedPlan::make(tile, problem.b_scales, problem.out, kind, problem.grouping).stages;
   const int rows = tile.m * (kind == Cluster::kPair ? 2 : 1);
@@ -111,9 +120,9 @@ std::string_view reason_against(const GemmProblem& problem, const GemmConfig& co
     return "at least half of each tile lies past N";
   if (config.tile.swapped() && rows_of_group(problem) > config.tile.m)
     return "more rows than a tile of swapped operands";
-  // Groups along K have no lower tile to take instead.
-  if (config.tile.m > kWgmmaM && rows_of_group(problem) <= kWgmmaM && problem.grouping != Grouping::kDepth)
-    return "half of each tile lies past M";
+  // Groups along K and SwiGLU have no lower tile to take instead.
+  const bool lower = problem.grouping != Grouping::kDepth && !problem.swiglu;
+  if (lower && config.tile.m > kWgmmaM && rows_of_group(problem) <= kWgmmaM) return "half of each tile lies past M";
   if (config.kind == Cluster::kPair && rows_of_group(problem) <= config.tile.m) return "half of each pair lies past M";
   if (config.tile.passes() > 1 && config.segments.count > 1) return "no registers for the sums of two segments of K";
   return "";
@@ -128,6 +137,10 @@ std::vector<Candidate> candidates(const GemmProblem& problem) {
     const GemmConfig config = make_config(problem, tile, kind);
     all.push_back({config, reason_against(problem, config)});
   };
+  if (problem.swiglu) {
+    for (Cluster kind : {Cluster::kNone, Cluster::kPair}) add({128, 256}, kind);
+    return all;
+  }
   if (problem.grouping == Grouping::kDepth) {
     for (Cluster kind : {Cluster::kNone, Cluster::kPair}) add({128, 128}, kind);
     return all;

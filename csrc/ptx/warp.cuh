@@ -61,4 +61,12 @@ __device__ __forceinline__ uint32_t bf16x2(float low, float high) {
   return packed;
 }
 
+// Two FP32 to packed e4m3, round to nearest even, saturating, 0x7F of a NaN; `low` in the lower half.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#data-movement-and-conversion-instructions-cvt
+__device__ __forceinline__ uint16_t e4m3x2(float low, float high) {
+  uint16_t packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
 }  // namespace fastfp8::ptx

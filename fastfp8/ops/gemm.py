@@ -94,6 +94,24 @@ def check_operand(op: str, name: str, data: Tensor) -> None:
         raise value_error(op, name, "rows that do not overlap", f"stride {tuple(data.stride())}")
 
 
+def check_product(
+    op: str, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, b_block: Block, *, a_dim: int = 2, b_dim: int = 2
+) -> None:
+    """Raise unless these are operands of a product that the kernels can read; those of three dimensions are stacks."""
+    check_scaled(op, "a", a, "a_scale", a_scale, A_BLOCK, dim=a_dim)
+    check_scaled(op, "b", b, "b_scale", b_scale, b_block, dim=b_dim)
+    check_device(b, op, "b", a, "a")
+    (n, b_k), k = b.shape[-2:], a.shape[-1]
+    if b_k != k:
+        raise value_error(op, "b", f"K = {k} columns, as 'a' has", f"shape {tuple(b.shape)}")
+    if k % K_ALIGNMENT:
+        raise value_error(op, "a", f"K a multiple of {K_ALIGNMENT}", f"K = {k}")
+    if n % N_ALIGNMENT:
+        raise value_error(op, "b", f"N a multiple of {N_ALIGNMENT}", f"N = {n}")
+    for name, data in (("a", a), ("b", b)):
+        check_operand(op, name, data)
+
+
 def _check(
     a: Tensor,
     a_scale: Tensor,
@@ -106,18 +124,8 @@ def _check(
 ) -> Block:
     block = as_block(b_block, _OP, "b_block", B_BLOCKS)
     check_dtype(out_dtype, _OP, "out_dtype", OUTPUT_DTYPES)
-    check_scaled(_OP, "a", a, "a_scale", a_scale, A_BLOCK)
-    check_scaled(_OP, "b", b, "b_scale", b_scale, block)
-    check_device(b, _OP, "b", a, "a")
-    (m, k), (n, b_k) = a.shape, b.shape
-    if b_k != k:
-        raise value_error(_OP, "b", f"K = {k} columns, as 'a' has", f"shape {tuple(b.shape)}")
-    if k % K_ALIGNMENT:
-        raise value_error(_OP, "a", f"K a multiple of {K_ALIGNMENT}", f"K = {k}")
-    if n % N_ALIGNMENT:
-        raise value_error(_OP, "b", f"N a multiple of {N_ALIGNMENT}", f"N = {n}")
-    for name, data in (("a", a), ("b", b)):
-        check_operand(_OP, name, data)
+    check_product(_OP, a, a_scale, b, b_scale, block)
+    m, n = a.shape[0], b.shape[0]
     if c is not None:
         check_tensor(c, _OP, "c", OUTPUT_DTYPES)
         check_device(c, _OP, "c", a, "a")

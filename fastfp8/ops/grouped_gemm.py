@@ -10,8 +10,7 @@ from ..errors import ArgumentTypeError, check_device, check_dtype, check_tensor,
 from ..layout import BLOCK, Block
 from ..reference import grouped_gemm as reference
 from ..scaled_tensor import ScaledTensor
-from .dequantize import check_scaled
-from .gemm import A_BLOCK, K_ALIGNMENT, N_ALIGNMENT, OUTPUT_DTYPES, check_operand
+from .gemm import A_BLOCK, OUTPUT_DTYPES, check_product
 
 _GROUPED, _MASKED = "grouped_gemm", "masked_grouped_gemm"
 B_BLOCK: Block = (BLOCK, BLOCK)
@@ -89,9 +88,9 @@ def masked_grouped_gemm(
     return out
 
 
-def word_for(sizes: Tensor) -> Tensor | None:
-    """The error word that goes with these offsets or counts: none with a fake tensor, which meets no real one."""
-    return error_word(sizes.device) if type(sizes) is Tensor else None
+def word_for(tensor: Tensor) -> Tensor | None:
+    """The error word of the device of an argument: none with a fake tensor, which meets no real one."""
+    return error_word(tensor.device) if type(tensor) is Tensor else None
 
 
 def check_error(op: str, error: Tensor | None, like: Tensor, like_name: str) -> None:
@@ -113,6 +112,36 @@ def _check_scaled_tensors(op: str, a: ScaledTensor, b: ScaledTensor, out_dtype: 
     check_dtype(out_dtype, op, "out_dtype", OUTPUT_DTYPES)
 
 
+def check_groups(
+    op: str,
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    sizes_name: str,
+    sizes: Tensor,
+    error: Tensor | None,
+    *,
+    masked: bool = False,
+) -> None:
+    """Raise unless these are operands of a grouped product, masked or with offsets."""
+    check_product(op, a, a_scale, b, b_scale, B_BLOCK, a_dim=3 if masked else 2, b_dim=3)
+    check_tensor(sizes, op, sizes_name, (torch.int32,), dim=1)
+    check_device(sizes, op, sizes_name, a, "a")
+    groups = b.shape[0]
+    if groups < 1:
+        raise value_error(op, "b", "at least one group", f"shape {tuple(b.shape)}")
+    if masked and a.shape[0] != groups:
+        raise value_error(op, "a", f"{groups} groups, as 'b' has", f"shape {tuple(a.shape)}")
+    if tuple(sizes.shape) != (groups,):
+        raise value_error(
+            op, sizes_name, f"shape {(groups,)}, one for each group of 'b'", f"shape {tuple(sizes.shape)}"
+        )
+    if groups > 1 and sizes.stride(0) != 1:
+        raise value_error(op, sizes_name, "a contiguous tensor", f"stride {tuple(sizes.stride())}")
+    check_error(op, error, a, "a")
+
+
 def _check(
     op: str,
     a: Tensor,
@@ -124,33 +153,9 @@ def _check(
     out_dtype: torch.dtype,
 ) -> None:
     masked = op == _MASKED
-    sizes_name = "counts" if masked else "offsets"
     check_dtype(out_dtype, op, "out_dtype", OUTPUT_DTYPES)
-    check_scaled(op, "a", a, "a_scale", a_scale, A_BLOCK, dim=3 if masked else 2)
-    check_scaled(op, "b", b, "b_scale", b_scale, B_BLOCK, dim=3)
-    check_tensor(sizes, op, sizes_name, (torch.int32,), dim=1)
-    check_device(b, op, "b", a, "a")
-    check_device(sizes, op, sizes_name, a, "a")
-    (groups, n, b_k), k = b.shape, a.shape[-1]
-    if groups < 1:
-        raise value_error(op, "b", "at least one group", f"shape {tuple(b.shape)}")
-    if masked and a.shape[0] != groups:
-        raise value_error(op, "a", f"{groups} groups, as 'b' has", f"shape {tuple(a.shape)}")
-    if tuple(sizes.shape) != (groups,):
-        raise value_error(
-            op, sizes_name, f"shape {(groups,)}, one for each group of 'b'", f"shape {tuple(sizes.shape)}"
-        )
-    if groups > 1 and sizes.stride(0) != 1:
-        raise value_error(op, sizes_name, "a contiguous tensor", f"stride {tuple(sizes.stride())}")
-    if b_k != k:
-        raise value_error(op, "b", f"K = {k} columns, as 'a' has", f"shape {tuple(b.shape)}")
-    if k % K_ALIGNMENT:
-        raise value_error(op, "a", f"K a multiple of {K_ALIGNMENT}", f"K = {k}")
-    if n % N_ALIGNMENT:
-        raise value_error(op, "b", f"N a multiple of {N_ALIGNMENT}", f"N = {n}")
-    for name, data in (("a", a), ("b", b)):
-        check_operand(op, name, data)
-    check_error(op, error, a, "a")
+    sizes_name = "counts" if masked else "offsets"
+    check_groups(op, a, a_scale, b, b_scale, sizes_name, sizes, error, masked=masked)
 
 
 def _register(op: str) -> None:

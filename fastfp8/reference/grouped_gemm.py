@@ -11,15 +11,25 @@ from .gemm import gemm
 
 
 def grouped_gemm(
-    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offsets: Tensor, out_dtype: torch.dtype
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor,
+    offsets: Tensor,
+    out_dtype: torch.dtype,
+    *,
+    op: str = "grouped_gemm",
 ) -> Tensor:
-    """See :func:`fastfp8.grouped_gemm`; arguments are checked already, but for the values of ``offsets``."""
+    """See :func:`fastfp8.grouped_gemm`; arguments are checked already, but for the values of ``offsets``.
+
+    ``op`` is whose argument ``offsets`` is.
+    """
     rows, ends = a.shape[0], offsets.tolist()
     starts = [0, *ends[:-1]]
     for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
         if not start <= end <= rows:
             expected = f"ends that ascend from 0 to at most T = {rows}"
-            raise value_error("grouped_gemm", "offsets", expected, f"{end} after {start} for group {group}")
+            raise value_error(op, "offsets", expected, f"{end} after {start} for group {group}")
     out = torch.empty((rows, b.shape[1]), dtype=out_dtype)
     for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
         if start < end:

@@ -32,7 +32,7 @@ def scale_and_multiplier(floored: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
     return (exponent << 23).view(torch.float32), ((254 - exponent) << 23).view(torch.float32)
 
 
-def _quantize_rows(x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: bool, eps: float) -> None:
+def quantize_rows(x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: bool, eps: float) -> None:
     """Quantise ``x`` [R, C] into ``data`` and ``scale``."""
     rows, cols = x.shape
     row_blocks, col_blocks = scale.shape
@@ -62,15 +62,15 @@ def _quantize_rows(x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: b
 
 
 def _quantize_matrix(x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: bool, eps: float) -> None:
-    """As _quantize_rows, a chunk at a time."""
+    """As quantize_rows, a chunk at a time."""
     rows, cols = x.shape
     step = max(1, _CHUNK // (cols * block[0]))
     if rows <= step * block[0]:
-        _quantize_rows(x, data, scale, block, pow2, eps)
+        quantize_rows(x, data, scale, block, pow2, eps)
         return
     for first in range(0, scale.shape[0], step):
         chunk = slice(first * block[0], (first + step) * block[0])
-        _quantize_rows(x[chunk], data[chunk], scale[first : first + step], block, pow2, eps)
+        quantize_rows(x[chunk], data[chunk], scale[first : first + step], block, pow2, eps)
 
 
 def quantize(x: Tensor, block: Block, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:

@@ -164,6 +164,7 @@ def gemm(
     c: Tensor | None,
     *,
     promote_every: int | None = BLOCK,
+    one_segment: bool = False,
 ) -> Tensor:
     """:func:`fastfp8.gemm` with the bits of the sm_90a kernel; the arguments that they share are checked already.
 
@@ -181,6 +182,7 @@ def gemm(
         c: bfloat16 or float32 [M, N], or None.
         promote_every: elements of K between promotions, a multiple of 32. The contract is 128, other values are for
             experiments, in which all of K is one segment. None promotes only at the end: all of K is one chain.
+        one_segment: take all of K as one segment whatever N and K are, as :func:`fastfp8.gemm_swiglu_quantize` does.
 
     Raises:
         ValueError: ``promote_every`` is not such a number, or a row's scales differ within an interval.
@@ -190,7 +192,7 @@ def gemm(
         b_scale = b_scale.repeat_interleave(b_block[0], 0)[:n]
     interval = _check_interval(k, promote_every, a_scale, b_scale)
     segments = [0, k]
-    if promote_every == BLOCK and k:
+    if promote_every == BLOCK and k and not one_segment:
         segments = [min(BLOCK * block, k) for block in _C.gemm_segments(n, k, b_block)]
     acc = torch.zeros((m, n), dtype=torch.float32, device=a.device)
     # Zero codes up to a whole step stand for those up to the end of the block: a step of zeros changes no accumulator.

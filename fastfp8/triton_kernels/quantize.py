@@ -17,6 +17,41 @@ FP16_CAPABILITY = (8, 9)
 
 
 @triton.jit
+def finite_magnitude(values):
+    """What counts for amax: the magnitudes, but 0 of an infinity or a NaN."""
+    magnitude = tl.abs(values)
+    return tl.where(magnitude < float("inf"), magnitude, 0.0)
+
+
+@triton.jit
+def scale_and_multiplier(amax, floor, POW2: tl.constexpr):
+    """The scales that dequantise blocks and the multipliers that quantise them."""
+    # div_rn, because Triton compiles `/` to div.full, which is off by an ulp or two.
+    floored = tl.maximum(amax, floor)
+    scale = tl.div_rn(floored, 448.0)
+    if POW2:
+        # Round up to a power of two: the carry out of a non-zero mantissa increments the exponent field.
+        exponent = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+        multiplier = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    else:
+        multiplier = tl.div_rn(448.0, floored)
+    return tl.where(amax == 0, 1.0, scale), tl.where(amax == 0, 1.0, multiplier)
+
+
+@triton.jit
+def to_e4m3(values, STICKY: tl.constexpr):
+    """The codes of values that are multiplied already."""
+    if STICKY:
+        # Move what FP16 has no room for into the last bit that it has: rounding that to e4m3 is rounding the whole.
+        bits = values.to(tl.int32, bitcast=True)
+        bits = (bits & -0x2000) | (((bits & 0x1FFF) + 0x1FFF) & 0x2000)
+        values = bits.to(tl.float32, bitcast=True)
+    # The hardware's conversion, cvt.rn.satfinite, saturates infinities and makes 0x7F of a NaN. A clamp would eat it.
+    return values.to(tl.float8e4nv)
+
+
+@triton.jit
 def quantize_kernel(
     x,
     data,
@@ -39,34 +74,13 @@ def quantize_kernel(
     inside = (row < rows) & (col < cols)
     values = tl.load(x + row * x_row_stride + col * x_col_stride, mask=inside, other=0.0).to(tl.float32)
 
-    magnitude = tl.abs(values)
-    amax = tl.where(magnitude < float("inf"), magnitude, 0.0)  # neither an infinity nor a NaN passes
+    amax = finite_magnitude(values)
     if BLOCK_COLS > 1:
         amax = tl.max(amax, 1, keep_dims=True)
     if BLOCK_ROWS > 1:
         amax = tl.max(amax, 0, keep_dims=True)
-
-    # div_rn, because Triton compiles `/` to div.full, which is off by an ulp or two.
-    floored = tl.maximum(amax, floor)
-    block_scale = tl.div_rn(floored, 448.0)
-    if POW2:
-        # Round up to a power of two: the carry out of a non-zero mantissa increments the exponent field.
-        exponent = (block_scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
-        block_scale = (exponent << 23).to(tl.float32, bitcast=True)
-        multiplier = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-    else:
-        multiplier = tl.div_rn(448.0, floored)
-    block_scale = tl.where(amax == 0, 1.0, block_scale)
-    multiplier = tl.where(amax == 0, 1.0, multiplier)
-
-    values *= multiplier
-    if STICKY:
-        # Move what FP16 has no room for into the last bit that it has: rounding that to e4m3 is rounding the whole.
-        bits = values.to(tl.int32, bitcast=True)
-        bits = (bits & -0x2000) | (((bits & 0x1FFF) + 0x1FFF) & 0x2000)
-        values = bits.to(tl.float32, bitcast=True)
-    # The hardware's conversion, cvt.rn.satfinite, saturates infinities and makes 0x7F of a NaN. A clamp would eat it.
-    tl.store(data + row * cols + col, values.to(tl.float8e4nv), mask=inside)
+    block_scale, multiplier = scale_and_multiplier(amax, floor, POW2)
+    tl.store(data + row * cols + col, to_e4m3(values * multiplier, STICKY), mask=inside)
     in_scale = (block_row * BLOCK_ROWS < rows) & (block_col * BLOCK_COLS < cols)
     tl.store(scale + block_row * scale_row_stride + block_col * scale_col_stride, block_scale, mask=in_scale)
 

@@ -15,7 +15,15 @@ triton = pytest.importorskip("triton")
 from recorder import CompiledKernel, Recorder  # noqa: E402
 
 from fastfp8.layout import empty_scale, scale_shape, scale_shape_of  # noqa: E402
-from fastfp8.triton_kernels import dequantize, gemm, grouped_gemm, grouped_wgrad, quantize  # noqa: E402
+from fastfp8.triton_kernels import (  # noqa: E402
+    dequantize,
+    gemm,
+    gemm_swiglu_quantize,
+    grouped_gemm,
+    grouped_wgrad,
+    quantize,
+    swiglu_quantize,
+)
 
 BLOCKS = [(1, 128), (128, 1), (128, 128)]
 CAPABILITIES = [89, 90, *(pytest.param(c, marks=pytest.mark.slow) for c in (100, 120))]
@@ -163,16 +171,59 @@ def test_grouped_wgrad(monkeypatch: pytest.MonkeyPatch, n: int, accumulate: bool
     assert [o for o in opcodes(kernel) if o.startswith(("atom.", "red."))] == ["atom.global.gpu.acq_rel.or.b32"]
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("pow2", [False, True])
+def test_swiglu_quantize(monkeypatch: pytest.MonkeyPatch, pow2: bool, capability: int) -> None:
+    """gate and up are read once, in the widest loads there are; exp is an fma at a time, divisions are exact."""
+    recorder = record(monkeypatch, swiglu_quantize, "swiglu_quantize_kernel")
+    monkeypatch.setattr(swiglu_quantize, "require_fp8", lambda op, device: divmod(capability, 10))
+    swiglu_quantize.swiglu_quantize(torch.zeros(256, 1024, dtype=torch.bfloat16), torch.ones(256), 7.0, pow2, 0.0)
+    kernel = recorder.compile(capability)
+    check_common(kernel, capability)
+    check_swiglu(kernel)
+    tile, threads = recorder.kwargs["TILE_ROWS"] * recorder.kwargs["TILE_COLS"], 32 * recorder.kwargs["num_warps"]
+    loads = [op for op in opcodes(kernel) if op == "ld.global.v4.b32"]
+    assert len(loads) == 2 * (tile // threads // 8)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("groups", [0, 4])
+def test_gemm_swiglu_quantize(monkeypatch: pytest.MonkeyPatch, groups: int, capability: int) -> None:
+    recorder = record(monkeypatch, gemm_swiglu_quantize, "gemm_swiglu_quantize_kernel")
+    monkeypatch.setattr(gemm_swiglu_quantize, "require_fp8", lambda op, device: divmod(capability, 10))
+    operands, rows = [], 256
+    for shape, block in (((rows, 512), (1, 128)), ((*([groups] if groups else []), 512, 512), (128, 128))):
+        data = torch.zeros(shape, dtype=torch.float8_e4m3fn)
+        operands += [data, empty_scale(data, scale_shape_of(shape, block), block)]
+    words = [torch.zeros(n, dtype=torch.int32) for n in (groups, 1)] if groups else [None, None]
+    gemm_swiglu_quantize.gemm_swiglu_quantize(*operands, *words, torch.ones(rows), 7.0, True, 0.0, True)
+    kernel = recorder.compile(capability)
+    check_common(kernel, capability)
+    check_swiglu(kernel)
+    check_instruction(kernel, "m64n64k32", capability)
+    atomics = [o for o in opcodes(kernel) if o.startswith(("atom.", "red."))]
+    assert atomics == (["atom.global.gpu.acq_rel.or.b32"] if groups else [])
+
+
+def check_swiglu(kernel: CompiledKernel) -> None:
+    ops = opcodes(kernel)
+    assert {op for op in ops if op.startswith("div.") and ".f" in op} == {"div.rn.f32"}
+    assert float_arithmetic(kernel) == {"fma.rn.f32", "mul.rn.f32", "add.rn.f32"}
+
+
 def float_arithmetic(kernel: CompiledKernel) -> set[str]:
     return {op.replace("x2", "") for op in opcodes(kernel) if re.match(r"(fma|mul|add|sub)\..*f32", op)}
 
 
 def check_product(kernel: CompiledKernel, m: int, capability: int) -> None:
+    check_instruction(kernel, {16: "m64n64k32", 256: "m64n128k32"}[m], capability)
+
+
+def check_instruction(kernel: CompiledKernel, wide: str, capability: int) -> None:
     """What decides the bits of a product, and that its loads are asynchronous."""
     ops = opcodes(kernel)
     products = {op for op in ops if re.match(r"(wgmma\.mma|mma\.|tcgen05\.mma)", op)}
     # One instruction whatever the tile, for a row's bits must not depend on M.
-    wide = {16: "m64n64k32", 256: "m64n128k32"}[m]
     assert (
         products
         == {

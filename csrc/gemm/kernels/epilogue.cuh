@@ -1,8 +1,9 @@
-// From a tile's sums to the output: add C, round once, store. One for every kernel.
+// From a tile's sums to the output: add C, round once, store; or SwiGLU and quantisation. One for every kernel.
 #pragma once
 #include "../../ptx/cluster.cuh"
 #include "../../ptx/warp.cuh"
 #include "scheduler.cuh"
+#include "swiglu.cuh"
 
 namespace fastfp8::gemm {
 
@@ -13,6 +14,13 @@ __device__ __forceinline__ float2 load_c(const Arguments& args, int64_t row, int
   const uint32_t pair = *reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(args.c) + offset);
   return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u)};
 }
+
+// Where panels of shared memory go: by its map, or by address where the warps write themselves.
+struct Destination {
+  const CUtensorMap* map;
+  void* address;
+  int columns;
+};
 
 __device__ __forceinline__ float load_c_element(const Arguments& args, int64_t row, int column) {
   const float2 pair = load_c(args, row, column / 2 * 2);
@@ -48,6 +56,8 @@ struct Epilogue {
     }
     if constexpr (I::kSwapped) {
       store_swapped(acc, tile);
+    } else if constexpr (I::kSwiGlu) {
+      store_swiglu(acc, tile);
     } else if constexpr (I::kOut == DType::kBF16) {
       const int first_column = tile.column + I::first_column(consumer);
 #pragma unroll
@@ -109,65 +119,146 @@ struct Epilogue {
     }
   }
 
-  // BF16 through shared memory, in panels of one swizzle span: stmatrix writes them without a bank conflict, and one
-  // TMA store a panel writes them out and clips at M and N. Each consumer stages and stores its own part of the tile,
-  // the columns of one pass at a time. Where the rows behind a group's last are another's, the warps write theirs
-  // themselves.
+  // Output goes through shared memory, in panels of 64 rows of one swizzle span: stmatrix writes them without a bank
+  // conflict, and one TMA store a panel writes them out and clips at M and N. Each consumer stages and stores its own
+  // part of the tile, the columns of one pass at a time. Where the rows behind a group's last are another's, the warps
+  // write theirs themselves.
   __device__ __forceinline__ void store_bf16(const float* sums, int first_row, int end, int first_column) const {
     constexpr int kColumns = I::kPassColumns, kPanel = out_panel_columns(kColumns);
-    constexpr int kRowBytes = kPanel * 2, kPanelBytes = kWgmmaM * kRowBytes;
-    constexpr int kChunks = kRowBytes / 16;  // of 16 bytes; the swizzle permutes them within a row
-    const int warp = thread() / 32;
-    const uint32_t barrier = kConsumerBarrier + consumer;
     uint8_t* panels = shared.out() + consumer * (kWgmmaM * kColumns * 2);
+    const bool storer = begin_staging();
+    stage_bf16<kColumns>(panels, sums);
+    send<2 * kPanel, kColumns / kPanel, 2>(panels, {args.out_map, args.out, args.n}, first_row, end, first_column,
+                                           storer);
+  }
 
-    // The thread that stores is the one whose bulk groups tell when the panels stored last have been read.
-    const bool storer = warp == 0 && ptx::elect_one();
+  // Waits until the panels may be written. True in the thread that will store them: its bulk groups tell when the
+  // panels stored last have been read.
+  __device__ __forceinline__ bool begin_staging() const {
+    const bool storer = thread() < 32 && ptx::elect_one();
     if (storer) ptx::bulk_wait_group_read<0>();
-    ptx::named_barrier_sync(barrier, 128);
-    const int row = warp * 16 + lane() % 16;
+    ptx::named_barrier_sync(kConsumerBarrier + consumer, 128);
+    return storer;
+  }
+
+  // Byte `at` of row `row` of a panel, 16 bytes of which stay together: the swizzle permutes them within a row.
+  template <int kRowBytes>
+  __device__ __forceinline__ static int swizzled(int row, int at) {
+    const int offset = row * kRowBytes + at;
+    return offset ^ (offset >> 7 & (kRowBytes / 16 - 1)) << 4;
+  }
+
+  // `kColumns` neighbouring columns of this consumer's fragment, rounded to BF16.
+  template <int kColumns>
+  __device__ __forceinline__ static void stage_bf16(uint8_t* panels, const float* values) {
+    constexpr int kRowBytes = out_panel_columns(kColumns) * 2, kChunks = kRowBytes / 16;
+    const int row = thread() / 32 * 16 + lane() % 16;
 #pragma unroll
     for (int j = 0; j < kColumns / 16; ++j) {
       const int chunk = 2 * j + lane() / 16;
-      const int offset = row * kRowBytes + chunk % kChunks * 16;
-      const int swizzled = offset ^ (offset >> 7 & (kChunks - 1)) << 4;
-      const float* v = sums + 8 * j;
-      ptx::stmatrix_x4(panels + chunk / kChunks * kPanelBytes + swizzled, ptx::bf16x2(v[0], v[1]),
-                       ptx::bf16x2(v[2], v[3]), ptx::bf16x2(v[4], v[5]), ptx::bf16x2(v[6], v[7]));
+      const float* v = values + 8 * j;
+      ptx::stmatrix_x4(
+          panels + chunk / kChunks * (kWgmmaM * kRowBytes) + swizzled<kRowBytes>(row, chunk % kChunks * 16),
+          ptx::bf16x2(v[0], v[1]), ptx::bf16x2(v[2], v[3]), ptx::bf16x2(v[4], v[5]), ptx::bf16x2(v[6], v[7]));
     }
+  }
+
+  // Staged panels of elements of kSize bytes to rows from `first_row` up to `end` and columns from `first_column` on.
+  template <int kRowBytes, int kPanels, int kSize>
+  __device__ __forceinline__ void send(const uint8_t* panels, const Destination& to, int first_row, int end,
+                                       int first_column, bool storer) const {
     if (I::kGrouping != Grouping::kNone && first_row + kWgmmaM > end) {
       __syncwarp();  // a warp reads its own sixteen rows only
-      store_rows<kPanel>(panels, first_row, end, first_column);
+      copy_rows<kRowBytes, kPanels, kSize>(panels, to, first_row, end, first_column);
       return;
     }
     ptx::fence_proxy_async_shared();  // by every writer, before the barrier that lets the storer go
-    ptx::named_barrier_sync(barrier, 128);
+    ptx::named_barrier_sync(kConsumerBarrier + consumer, 128);
     if (!storer) return;
     if (first_row < end) {
 #pragma unroll
-      for (int panel = 0; panel < kColumns / kPanel; ++panel) {
-        const int column = first_column + panel * kPanel;
-        if (column < args.n) ptx::tma_store_2d(args.out_map, panels + panel * kPanelBytes, column, first_row);
+      for (int panel = 0; panel < kPanels; ++panel) {
+        const int column = first_column + panel * (kRowBytes / kSize);
+        if (column < to.columns) ptx::tma_store_2d(to.map, panels + panel * (kWgmmaM * kRowBytes), column, first_row);
       }
     }
     ptx::bulk_commit_group();
   }
 
   // A warp's sixteen rows from the panels, 16 bytes a lane, as far as they are the group's.
-  template <int kPanel>
-  __device__ __forceinline__ void store_rows(const uint8_t* panels, int first_row, int end, int first_column) const {
-    constexpr int kRowBytes = kPanel * 2, kChunks = kRowBytes / 16, kChunksOfRow = I::kPassColumns * 2 / 16;
+  template <int kRowBytes, int kPanels, int kSize>
+  __device__ __forceinline__ void copy_rows(const uint8_t* panels, const Destination& to, int first_row, int end,
+                                            int first_column) const {
+    constexpr int kChunks = kRowBytes / 16, kChunksOfRow = kPanels * kChunks;
 #pragma unroll
     for (int i = lane(); i < 16 * kChunksOfRow; i += 32) {
       const int row = thread() / 32 * 16 + i / kChunksOfRow, chunk = i % kChunksOfRow;
-      const int column = first_column + 8 * chunk;
-      if (first_row + row >= end || column >= args.n) continue;
-      const int offset = row * kRowBytes + chunk % kChunks * 16;
-      const int swizzled = offset ^ (offset >> 7 & (kChunks - 1)) << 4;
-      const auto* from = panels + chunk / kChunks * (kWgmmaM * kRowBytes) + swizzled;
-      uint16_t* to = static_cast<uint16_t*>(args.out) + static_cast<int64_t>(first_row + row) * args.n + column;
-      *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+      const int column = first_column + 16 / kSize * chunk;
+      if (first_row + row >= end || column >= to.columns) continue;
+      const auto* from =
+          panels + chunk / kChunks * (kWgmmaM * kRowBytes) + swizzled<kRowBytes>(row, chunk % kChunks * 16);
+      auto* address =
+          static_cast<uint8_t*>(to.address) + (static_cast<int64_t>(first_row + row) * to.columns + column) * kSize;
+      *reinterpret_cast<uint4*>(address) = *reinterpret_cast<const uint4*>(from);
     }
+  }
+
+  // SwiGLU: gate is the first pass of acc, up the second. A row's 128 results are one quantisation block, and a quad of
+  // lanes has them all. The e4m3 and, one after the other, the panels of gate and up take turns in the same 64 rows of
+  // 128 bytes of shared memory.
+  __device__ __forceinline__ void store_swiglu(Acc& acc, const Tile& tile) const {
+    constexpr int kPairs = I::kPassColumns / 4, kRowBytes = 128, kPanelColumns = kRowBytes / 2;
+    const int first_row = tile.row + I::first_row(consumer), row = tile.row + fragment_row();
+    uint8_t* panel = shared.out() + consumer * (kWgmmaM * kRowBytes);
+    if (args.gate_up != nullptr) {
+#pragma unroll
+      for (int i = 0; i < I::kColumns / kPanelColumns; ++i) {
+        constexpr int kOfPass = I::kPassColumns / kPanelColumns;
+        const bool storer = begin_staging();
+        stage_bf16<kPanelColumns>(panel, acc.value + i * (kPanelColumns / 2));
+        send<kRowBytes, 1, 2>(panel, {args.gate_up_map, args.gate_up, args.n}, first_row, tile.end,
+                              i / kOfPass * (args.n / 2) + tile.column + i % kOfPass * kPanelColumns, storer);
+      }
+    }
+    float weight[2] = {1.0f, 1.0f}, amax[2] = {0.0f, 0.0f};
+    if (args.weight != nullptr) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (row + 8 * half < tile.end)
+          weight[half] = args.weight[static_cast<int64_t>(row + 8 * half) * args.weight_stride];
+    }
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {  // the rows of a thread take turns
+      float *gate = acc.value + 2 * pair, *up = gate + I::kPassColumns / 2;
+      const uint32_t gates = ptx::bf16x2(gate[0], gate[1]), ups = ptx::bf16x2(up[0], up[1]);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t g = i ? gates & 0xffff0000u : gates << 16, u = i ? ups & 0xffff0000u : ups << 16;
+        gate[i] = __fmul_rn(swiglu(__uint_as_float(g), __uint_as_float(u), args.limit), weight[pair % 2]);
+        amax[pair % 2] = fmaxf(amax[pair % 2], finite_magnitude(gate[i]));
+      }
+    }
+    float multiplier[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int distance = 1; distance < 4; distance *= 2)
+        amax[half] = fmaxf(amax[half], __shfl_xor_sync(0xffffffff, amax[half], distance));
+      const BlockScale block = block_scale_of(amax[half], args.floor, args.pow2);
+      multiplier[half] = block.multiplier;
+      if (lane() % 4 == 0 && row + 8 * half < tile.end)
+        args.out_scale[static_cast<int64_t>(tile.column / 128) * args.out_scale_pitch + row + 8 * half] = block.scale;
+    }
+    const bool storer = begin_staging();
+#pragma unroll
+    for (int pair = 0; pair < kPairs; ++pair) {
+      const float* value = acc.value + 2 * pair;
+      const float by = multiplier[pair % 2];
+      const int panel_row = thread() / 32 * 16 + lane() / 4 + pair % 2 * 8, column = pair / 2 * 8 + 2 * (lane() % 4);
+      *reinterpret_cast<uint16_t*>(panel + swizzled<kRowBytes>(panel_row, column)) =
+          ptx::e4m3x2(__fmul_rn(value[0], by), __fmul_rn(value[1], by));
+    }
+    send<kRowBytes, 1, 1>(panel, {args.out_map, args.out, args.n / 2}, first_row, tile.end, tile.column, storer);
   }
 
   // Shared memory must outlive the reads of the last stores.

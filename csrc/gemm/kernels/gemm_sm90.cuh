@@ -23,6 +23,10 @@
 // Cluster::kSplit: the CTAs of a cluster take one tile, each a segment of its K, and add their sums through distributed
 // shared memory (Epilogue::exchange_and_store).
 //
+// With output in e4m3 (is_swiglu) a tile of 128 x 256 has gate in its first pass and up in its second, from rows of B
+// half of N apart. SwiGLU and the quantisation of its result are then a matter of each thread and of its quad
+// (Epilogue::store_swiglu).
+//
 // Launched to overlap with the grid before it, a CTA sets up and fetches B, which may be in L2 as well before as after,
 // then waits: nothing else is read or written before the grids before it are done.
 #pragma once
@@ -60,7 +64,9 @@ struct Kernel {
 
   // The boxes of B's rows that this CTA loads, and where one lies in a stage and in B.
   __device__ __forceinline__ static int first_box() { return I::kSharers > 1 ? rank() * I::kBoxes : 0; }
-  __device__ __forceinline__ static int b_row(const Tile& tile, int box) { return tile.b_row + box * I::kBoxRows; }
+  __device__ __forceinline__ int b_row(const Tile& tile, int box) const {
+    return tile.b_row + box * (I::kSwiGlu ? args.n / 2 : I::kBoxRows);
+  }
 
   // One elected thread.
   __device__ __forceinline__ void produce() const {
@@ -137,10 +143,12 @@ struct Kernel {
   }
 
   // The block scales of a tile. A pass past N has none of its own and takes the first one's: nothing of it is stored.
+  // That of up, half of N further on, is never past N.
   __device__ __forceinline__ BlockScales<I::kPasses> block_scales(const Tile& tile, int first, int blocks) const {
     const float* row = args.b_block_scale + static_cast<int64_t>(tile.scale_row) * tile.segments.blocks + first;
-    const bool inside = tile.column + I::kPassColumns < args.n;
-    return {row, inside ? tile.segments.blocks : 0, I::kScales == BScales::kBlock ? blocks : 0, Mainloop<I>::lane()};
+    const int next_pass = I::kSwiGlu ? args.n / 2 : I::kPassColumns;
+    const int to_next_pass = tile.column + next_pass < args.n ? next_pass / 128 * tile.segments.blocks : 0;
+    return {row, to_next_pass, I::kScales == BScales::kBlock ? blocks : 0, Mainloop<I>::lane()};
   }
 
   __device__ __forceinline__ void run() const {
@@ -260,4 +268,47 @@ struct Kernel {
     using Shape = gemm::Instance<TILE_M, TILE_N, gemm::BScales::kRow, DType::OUT, gemm::Cluster::CLUSTER,              \
                                  gemm::Grouping::kDepth>;                                                              \
     gemm::Kernel<Shape>{args, {shared}}.run();                                                                         \
+  }
+
+// SwiGLU, dense or grouped: a dense one has neither ends nor groups (csrc/gemm/plan.cpp).
+#define FASTFP8_SWIGLU_SM90(NAME, GROUPING, CLUSTER)                                                         \
+  extern "C" __global__ void FASTFP8_CLUSTER_##CLUSTER NAME(                                                 \
+      const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,                          \
+      const __grid_constant__ CUtensorMap a_scale, const __grid_constant__ CUtensorMap out_map,              \
+      const __grid_constant__ CUtensorMap gate_up_map, const float* b_block_scale, void* out, void* gate_up, \
+      float* out_scale, const float* weight, const int* ends, int* error, int groups, int m, int n, int k,   \
+      int tiles_m, int tiles_n, int band, int out_scale_pitch, int weight_stride, float limit, float floor,  \
+      int pow2) {                                                                                            \
+    extern __shared__ __align__(1024) uint8_t shared[];                                                      \
+    const fastfp8::gemm::Arguments args{&a,                                                                  \
+                                        &b,                                                                  \
+                                        &a_scale,                                                            \
+                                        nullptr,                                                             \
+                                        &out_map,                                                            \
+                                        b_block_scale,                                                       \
+                                        out,                                                                 \
+                                        nullptr,                                                             \
+                                        0,                                                                   \
+                                        0,                                                                   \
+                                        m,                                                                   \
+                                        n,                                                                   \
+                                        k,                                                                   \
+                                        {tiles_m, tiles_n, band},                                            \
+                                        ends,                                                                \
+                                        groups,                                                              \
+                                        0,                                                                   \
+                                        error,                                                               \
+                                        &gate_up_map,                                                        \
+                                        gate_up,                                                             \
+                                        out_scale,                                                           \
+                                        weight,                                                              \
+                                        out_scale_pitch,                                                     \
+                                        weight_stride,                                                       \
+                                        limit,                                                               \
+                                        floor,                                                               \
+                                        pow2};                                                               \
+    using namespace fastfp8;                                                                                 \
+    using Shape = gemm::Instance<128, 256, gemm::BScales::kBlock, DType::kE4M3, gemm::Cluster::CLUSTER,      \
+                                 gemm::Grouping::GROUPING>;                                                  \
+    gemm::Kernel<Shape>{args, {shared}}.run();                                                               \
   }

@@ -19,6 +19,14 @@ struct Arguments {
   int groups;          // kRows: n is of one group's B, m the rows of A in all; kDepth: m and n are of each output
   int group_rows = 0;  // 0, or how many rows of A lie from group to group
   int* error = nullptr;
+  // SwiGLU only. `out` is e4m3 [M, n / 2].
+  const CUtensorMap* gate_up_map = nullptr;
+  void* gate_up = nullptr;        // BF16 [M, n], or nullptr for none
+  float* out_scale = nullptr;     // [M, n / 256], column-major, columns out_scale_pitch floats apart
+  const float* weight = nullptr;  // nullptr, or one for each row, weight_stride floats apart
+  int out_scale_pitch = 0, weight_stride = 0;
+  float limit = 0, floor = 0;  // of gate and up, infinite for none; of amax
+  int pow2 = 0;
 };
 
 template <int kTileM, int kTileN, BScales kScalesOfB, DType kOutType, Cluster kClusterOf,
@@ -29,6 +37,7 @@ struct Instance {
   static constexpr DType kOut = kOutType;
   static constexpr Cluster kCluster = kClusterOf;
   static constexpr Grouping kGrouping = kGroupingOf;
+  static constexpr bool kSwiGlu = is_swiglu(kOut);
   static constexpr int kColumns = kTile.consumer_columns();
   static constexpr bool kSwapped = kTile.swapped();
   static constexpr bool kStoresByTma = stores_by_tma(kTile, kOut, kCluster);
@@ -48,6 +57,7 @@ struct Instance {
   static_assert(kPasses == 1 || kScales == BScales::kBlock, "no registers are left for a scale a column");
   static_assert(kSwapped ? kScales == BScales::kBlock && kTileN == kConsumers * kWgmmaM
                          : kTileM == kWgmmaM || kTileM == kConsumers * kWgmmaM);
+  static_assert(!kSwiGlu || (kTileM == kConsumers * kWgmmaM && kTileN == 256 && kBoxRows == 128));
 };
 
 // Named barriers. 0 is __syncthreads.

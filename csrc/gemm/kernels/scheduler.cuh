@@ -45,14 +45,14 @@ struct DenseScheduler {
   Segments segments;
 
   __device__ __forceinline__ DenseScheduler(const Arguments& args, Shared<I>)
-      : args(args), segments(Segments::of(args.n, args.k, I::kScales)) {}
+      : args(args), segments(Segments::of(args.n, args.k, I::kScales, I::kOut)) {}
 
   __device__ __forceinline__ static void set_up(const Arguments&, Shared<I>) {}
   __device__ __forceinline__ int tiles() const { return args.order.tiles_m * args.order.tiles_n; }
   __device__ __forceinline__ Tile at(int index) const {
     const auto tile = args.order.at(index);
     const int m = I::kCluster == Cluster::kPair ? 2 * tile.m + cluster_rank<I>() : tile.m;
-    const int row = m * I::kTile.m, column = tile.n * I::kTile.n;
+    const int row = m * I::kTile.m, column = tile.n * out_columns(I::kTile.n, I::kOut);
     return {row, args.m, column, row, column, column / 128, 0, segments};
   }
 };
@@ -72,7 +72,7 @@ struct GroupedScheduler {
       : args(args),
         row_ends(shared.groups()),
         tile_ends(shared.groups() + kMaxGroups),
-        segments(Segments::of(args.n, args.k, I::kScales)) {}
+        segments(Segments::of(args.n, args.k, I::kScales, I::kOut)) {}
 
   // By the first warp; what it writes is for after the next barrier of the CTA. Values that no group can have are
   // clamped, so that nothing is read or written out of bounds, and reported in the error word.
@@ -113,7 +113,7 @@ struct GroupedScheduler {
       }
     }
     if (bad && args.error != nullptr && blockIdx.x == 0)
-      atomicOr(args.error, args.group_rows > 0 ? kBadCounts : kBadEnds);
+      atomicOr(args.error, I::kSwiGlu ? kBadSwiGluEnds : args.group_rows > 0 ? kBadCounts : kBadEnds);
   }
 
   __device__ __forceinline__ int tiles() const { return tile_ends[args.groups - 1] * args.order.tiles_n; }
@@ -137,7 +137,7 @@ struct GroupedScheduler {
     const auto tile = order.at(index - first_tile * args.order.tiles_n);
     const int begin = args.group_rows > 0 ? group * args.group_rows : group == 0 ? 0 : row_ends[group - 1];
     const int m = kTogether * tile.m + (kTogether > 1 ? cluster_rank<I>() : 0);
-    const int row = begin + m * I::kTile.m, column = tile.n * I::kTile.n;
+    const int row = begin + m * I::kTile.m, column = tile.n * out_columns(I::kTile.n, I::kOut);
     const int b_blocks = (args.n + 127) / 128;
     return {row, row_ends[group], column, row, group * args.n + column, group * b_blocks + column / 128, 0, segments};
   }

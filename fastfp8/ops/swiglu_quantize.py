@@ -1,0 +1,108 @@
+"""SwiGLU with the quantisation of its result to FP8, in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import check_device, check_tensor, check_type, check_value, value_error
+from ..layout import BLOCK, Block, empty_scale, scale_shape
+from ..reference.swiglu_quantize import swiglu_quantize as reference_swiglu_quantize
+from ..scaled_tensor import ScaledTensor
+from .quantize import INPUT_DTYPES
+
+_OP = "swiglu_quantize"
+RESULT_BLOCK: Block = (1, BLOCK)
+
+
+def swiglu_quantize(
+    gate_up: Tensor,
+    weight: Tensor | None = None,
+    limit: float | None = None,
+    *,
+    pow2: bool = False,
+    eps: float = 0.0,
+) -> ScaledTensor:
+    """``silu(gate) * up * weight`` of each row, quantised as :func:`fastfp8.quantize` does FP32 in (1, 128) blocks.
+
+    ``silu(g) = g / (1 + exp(-g))``, in FP32 with one rounding for each operation, then the products from left to right.
+    The exponential is one of our own, within 1 ulp and bit for bit equal on every backend
+    (``fastfp8/reference/activation.py``); silu is -0 below -88.37 and for -infinity. A NaN stays in its own place.
+    DeepSeek-V3 report, section 3.3.3: the input of SwiGLU is kept for backward, its output computed again.
+
+    Args:
+        gate_up: bfloat16, float16 or float32 [M, 2 F], gate in the first F columns; any M and F, any strides.
+        weight: float32 [M], what each row is multiplied by (the weight that routing gives a token), or None.
+        limit: clamps ``gate`` to at most ``limit`` and ``up`` to between ``-limit`` and ``limit`` first, as gpt-oss,
+            DeepSeek-V4 and TileKernels do; positive, or None for no clamp. It becomes FP32.
+        pow2: as of :func:`fastfp8.quantize`; so is ``eps``.
+
+    Returns:
+        ScaledTensor [M, F] in (1, 128) blocks.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: shapes or devices do not fit, or a number is out of range.
+    """
+    if not torch.compiler.is_compiling():  # there the fake implementation checks: Dynamo cannot trace all of it
+        check_options(_OP, limit, pow2, eps)
+        _check(gate_up, weight, limit, eps)
+    data, scale = torch.ops.fastfp8.swiglu_quantize(gate_up, weight, limit, pow2, eps)
+    return ScaledTensor._trusted(data, scale, RESULT_BLOCK)
+
+
+def check_options(op: str, limit: object, pow2: object, eps: object) -> None:
+    """Raise unless the options have the types that the schemas of ``op`` ask for."""
+    if limit is not None:
+        check_type(limit, (float, int), op, "limit", "a number or None")
+    check_type(pow2, bool, op, "pow2", "a bool")
+    check_type(eps, (float, int), op, "eps", "a number")
+
+
+def check_swiglu(op: str, weight: Tensor | None, limit: float | None, eps: float, rows: int, like: Tensor) -> None:
+    """Raise unless these go with ``rows`` rows of the first argument of ``op``, which is on the device of ``like``."""
+    if weight is not None:
+        check_tensor(weight, op, "weight", (torch.float32,), dim=1)
+        if weight.shape[0] != rows:
+            raise value_error(op, "weight", f"shape {(rows,)}, one for each row", f"shape {tuple(weight.shape)}")
+        check_device(weight, op, "weight", like, "gate_up" if op == _OP else "a")
+    if limit is not None:
+        check_value(2.0**-100 <= limit <= 2.0**100, op, "limit", "a positive number from 2**-100 to 2**100", limit)
+    check_value(0 <= eps < 2.0**100, op, "eps", "a number from 0 up to 2**100", eps)
+
+
+def _check(gate_up: Tensor, weight: Tensor | None, limit: float | None, eps: float) -> None:
+    check_tensor(gate_up, _OP, "gate_up", INPUT_DTYPES)
+    if gate_up.shape[1] % 2:
+        raise value_error(_OP, "gate_up", "an even number of columns: gate, then up", f"shape {tuple(gate_up.shape)}")
+    check_swiglu(_OP, weight, limit, eps, gate_up.shape[0], gate_up)
+
+
+@torch.library.impl("fastfp8::swiglu_quantize", "CPU")
+@torch.no_grad()
+def _cpu(
+    gate_up: Tensor, weight: Tensor | None = None, limit: float | None = None, pow2: bool = False, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    _check(gate_up, weight, limit, eps)
+    return reference_swiglu_quantize(gate_up, weight, limit, pow2, eps)
+
+
+@torch.library.impl("fastfp8::swiglu_quantize", "CUDA")
+@torch.no_grad()
+def _cuda(
+    gate_up: Tensor, weight: Tensor | None = None, limit: float | None = None, pow2: bool = False, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    from ..triton_kernels.swiglu_quantize import swiglu_quantize as triton_swiglu_quantize
+
+    _check(gate_up, weight, limit, eps)
+    return triton_swiglu_quantize(gate_up, weight, limit, pow2, eps)
+
+
+@torch.library.register_fake("fastfp8::swiglu_quantize")
+def _fake(
+    gate_up: Tensor, weight: Tensor | None = None, limit: float | None = None, pow2: bool = False, eps: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    _check(gate_up, weight, limit, eps)
+    rows, f = gate_up.shape[0], gate_up.shape[1] // 2
+    data = gate_up.new_empty((rows, f), dtype=torch.float8_e4m3fn)
+    return data, empty_scale(gate_up, scale_shape(rows, f, RESULT_BLOCK), RESULT_BLOCK)
