@@ -22,7 +22,6 @@ from .grouped import sizes
 from .peers import contestants_of
 from .shapes import DEEPSEEK_V3, EXPERTS, Linear
 
-NAME, STEP = "gemm_swiglu_quantize", "swiglu_quantize"
 # Of the dequantised result from SwiGLU in FP32: rounding to e4m3 alone gives about 7e-4.
 WORST_DIFFERENCE = 2e-3
 # Groups and rows of each on average: prefill, then decode. No group: one weight for all rows.
@@ -35,8 +34,7 @@ Maker = Callable[[ScaledTensor, ScaledTensor, Tensor | None], Callable[[], Scale
 
 
 def ours(a: ScaledTensor, b: ScaledTensor, offsets: Tensor | None) -> Callable[[], ScaledTensor]:
-    op: Callable[..., ScaledTensor] = getattr(fastfp8, NAME)
-    return lambda: op(a, b, offsets)
+    return lambda: fastfp8.gemm_swiglu_quantize(a, b, offsets)
 
 
 def product(a: ScaledTensor, b: ScaledTensor, offsets: Tensor | None) -> Tensor:
@@ -55,12 +53,10 @@ def in_torch(a: ScaledTensor, b: ScaledTensor, offsets: Tensor | None) -> Callab
 
 
 def in_two(a: ScaledTensor, b: ScaledTensor, offsets: Tensor | None) -> Callable[[], ScaledTensor]:
-    device.require(hasattr(fastfp8, STEP), f"fastfp8.{STEP} is not written yet")
-    op: Callable[..., ScaledTensor] = getattr(fastfp8, STEP)
-    return lambda: op(product(a, b, offsets))
+    return lambda: fastfp8.swiglu_quantize(product(a, b, offsets))
 
 
-PEERS: dict[str, Maker] = {"product, silu, multiply, quantize": in_torch, f"product, {STEP}": in_two}
+PEERS: dict[str, Maker] = {"product, silu, multiply, quantize": in_torch, "product, swiglu_quantize": in_two}
 
 
 def traffic(rows: int, groups: int, n: int, k: int) -> int:
@@ -77,7 +73,6 @@ def check_values(expected: Tensor, got: Any) -> None:
 
 def subject(counts: list[int], n: int, k: int, grouped: bool) -> Subject:
     """All rows belong to a group, or, where it is not ``grouped``, to the one weight."""
-    device.require(hasattr(fastfp8, NAME), f"fastfp8.{NAME} is not written yet")
     rows = sum(counts)
     a = fastfp8.quantize(torch.randn(rows, k, device=device.DEVICE, dtype=torch.bfloat16))
     # So that gate and up are of unit size, as a trained layer's are about.
@@ -110,7 +105,7 @@ def case(counts: list[int], weight: Linear, grouped: bool, priority: int) -> Cas
     if grouped:
         shape = f"{len(counts)} groups, {shape}"
     build = functools.partial(subject, counts, weight.n, weight.k, grouped)
-    return Case("swiglu", NAME, shape, "gpu", build, priority, "us")
+    return Case("swiglu", "gemm_swiglu_quantize", shape, "gpu", build, priority, "us")
 
 
 def works(tiny: bool) -> list[Work]:

@@ -23,7 +23,6 @@ from .shapes import EXPERTS, Linear
 
 # Groups on a GPU and tokens of each on average, as DeepGEMM's tests have them; then one, a dense layer's gradient.
 TOKENS = ((4, 8192, 0), (8, 4096, 0), (16, 2048, 0), (1, 8192, 1))
-NAME = "grouped_wgrad"
 STORE, ACCUMULATE = "grouped_wgrad, stored", "grouped_wgrad, accumulated"
 
 
@@ -52,9 +51,9 @@ Maker = Callable[[Operands, bool], Callable[[], Tensor]]
 
 
 def ours(given: Operands, accumulate: bool) -> Callable[[], Tensor]:
-    op: Callable[..., Tensor] = getattr(fastfp8, NAME)
     out = given.main_grad if accumulate else None
-    return lambda: op(given.grad_t, given.input_t, given.offsets, out=out, accumulate=accumulate)
+    operands = given.grad_t, given.input_t, given.offsets
+    return lambda: fastfp8.grouped_wgrad(*operands, out=out, accumulate=accumulate)
 
 
 def deep_gemm(given: Operands, accumulate: bool) -> Callable[[], Tensor]:
@@ -124,7 +123,6 @@ def traffic(tokens: int, groups: int, n: int, k: int, accumulate: bool) -> int:
 
 
 def subject(counts: list[int], n: int, k: int, accumulate: bool) -> Subject:
-    device.require(hasattr(fastfp8, NAME), f"fastfp8.{NAME} is not written yet")
     tokens = sum(counts)
     grad_t, input_t = (
         fastfp8.quantize(torch.randn(rows, tokens, device=device.DEVICE, dtype=torch.bfloat16)) for rows in (n, k)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 import types
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -13,11 +12,10 @@ import pytest
 import torch
 from test_bench_device import on_cpu, session  # noqa: F401  (a fixture)
 from torch import Tensor
-from torch.nn import functional as F
 
 import fastfp8
 from bench import grouped, peers, shapes, swiglu, wgrad
-from bench.case import Case, Subject, Unavailable
+from bench.case import Case, Subject
 from fastfp8 import ScaledTensor
 
 pytestmark = pytest.mark.usefixtures("on_cpu")
@@ -172,39 +170,6 @@ def test_sizes_of_groups_are_of_the_average() -> None:
 # grouped_wgrad
 
 
-def stand_in_wgrad(
-    grad_t: ScaledTensor,
-    input_t: ScaledTensor,
-    offsets: Tensor,
-    *,
-    out: Tensor | None = None,
-    accumulate: bool = False,
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Groups begin at the next multiple of 128 behind the end of the one before."""
-    left, right = grad_t.dequantize(torch.float32), input_t.dequantize(torch.float32)
-    begins = [-(-end // 128) * 128 for end in [0, *offsets.tolist()]]
-    parts = [left[:, begin:end] @ right[:, begin:end].t() for begin, end in zip(begins, offsets.tolist(), strict=False)]
-    total = torch.stack(parts).to(out_dtype)
-    if out is None:
-        return total
-    return out.add_(total) if accumulate else out.copy_(total)
-
-
-@pytest.fixture
-def with_wgrad(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastfp8, "grouped_wgrad", stand_in_wgrad, raising=False)
-
-
-@pytest.mark.parametrize(("module", "name"), [(wgrad, "grouped_wgrad"), (swiglu, "gemm_swiglu_quantize")])
-def test_an_op_that_is_not_there_is_said(module: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(fastfp8, name, raising=False)
-    for work in module.works(True):
-        with pytest.raises(Unavailable, match=rf"fastfp8\.{name} is not written yet"):
-            work.measure(session())
-
-
-@pytest.mark.usefixtures("with_wgrad")
 def test_wgrad_family(library: DeepGemm) -> None:
     stored, accumulated = wgrad.works(True)
     assert (stored.op, accumulated.op) == (wgrad.STORE, wgrad.ACCUMULATE)
@@ -218,7 +183,6 @@ def test_wgrad_family(library: DeepGemm) -> None:
     assert set(library.calls) == {"k-grouped"}
 
 
-@pytest.mark.usefixtures("with_wgrad")
 def test_every_way_to_accumulate_adds_to_what_is_there(library: DeepGemm) -> None:
     given = _wgrad_operands([128, 0, 256], 64, 128)
     for name, maker in (("ours", wgrad.ours), *wgrad.PEERS.items()):
@@ -239,10 +203,11 @@ def _wgrad_operands(counts: list[int], n: int, k: int) -> wgrad.Operands:
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.usefixtures("with_wgrad")
 def test_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch, accumulate: bool) -> None:
+    right = fastfp8.grouped_wgrad
+
     def wrong(*operands: Any, **options: Any) -> Tensor:
-        out = stand_in_wgrad(*operands, **options)
+        out: Tensor = right(*operands, **options)
         out[2, 3] = 0
         return out
 
@@ -268,47 +233,28 @@ def test_groups_of_wgrad_begin_where_they_must() -> None:
 # gemm_swiglu_quantize
 
 
-def steps(a: ScaledTensor, b: ScaledTensor, offsets: Tensor | None = None) -> ScaledTensor:
-    return stand_in_step(swiglu.product(a, b, offsets))
-
-
-def stand_in_step(gate_up: Tensor) -> ScaledTensor:
-    gate, up = gate_up.float().chunk(2, 1)  # type: ignore[no-untyped-call]
-    return fastfp8.quantize(F.silu(gate) * up)
-
-
-@pytest.fixture
-def with_swiglu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    monkeypatch.setattr(fastfp8, "gemm_swiglu_quantize", steps, raising=False)
-    monkeypatch.setattr(fastfp8, "swiglu_quantize", stand_in_step, raising=False)
-    return lambda op: monkeypatch.setattr(fastfp8, "gemm_swiglu_quantize", op)
-
-
-def test_swiglu_family(with_swiglu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_swiglu_family() -> None:
     rows = [row for work in swiglu.works(True) for row in work.measure(session())]
     ways = ["fastfp8", "product, silu, multiply, quantize", "product, swiglu_quantize"]
     assert [row.backend for row in rows] == ways * 2
     moved = 64 * (256 + 8 + 128 + 4) + 256 * 256 + 4 * 2 * 2
     assert rows[3].intensity == pytest.approx(2 * 64 * 256 * 256 / moved)
-    monkeypatch.delattr(fastfp8, "swiglu_quantize")
-    (ours, _) = swiglu.works(True)[0].measure(session())
-    assert "without product, swiglu_quantize: fastfp8.swiglu_quantize is not written yet" in (ours.note or "")
 
 
 @pytest.mark.parametrize("what", ["gate and up exchanged", "a row's scale", "a group's weight"])
-def test_wrong_swiglu_is_not_timed(with_swiglu: Any, what: str) -> None:
+def test_wrong_swiglu_is_not_timed(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     def wrong(a: ScaledTensor, b: ScaledTensor, offsets: Tensor | None) -> ScaledTensor:
         gate_up = swiglu.product(
             a, b.__class__(b.data.flip(0), b.scale.flip(0), b.block) if "group" in what else b, offsets
         )
         if "exchanged" in what:
             gate_up = torch.cat(gate_up.chunk(2, 1)[::-1], 1)  # type: ignore[no-untyped-call]
-        out = stand_in_step(gate_up)
+        out = fastfp8.swiglu_quantize(gate_up)
         if "scale" in what:
             out.scale[3] *= 2
         return out
 
-    with_swiglu(wrong)
+    monkeypatch.setattr(fastfp8, "gemm_swiglu_quantize", wrong)
     with pytest.raises(AssertionError, match="fastfp8: differs from SwiGLU"):
         swiglu.works(True)[0].measure(session())
 
