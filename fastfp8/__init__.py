@@ -10,6 +10,8 @@ from .ops.gemm_swiglu_quantize import gemm_swiglu_quantize
 from .ops.grouped_gemm import grouped_gemm, masked_grouped_gemm
 from .ops.grouped_wgrad import grouped_wgrad
 from .ops.quantize import quantize
+from .ops.quantize_both import quantize_both, quantize_grouped_both
+from .ops.requantize_transpose import requantize_transpose
 from .ops.swiglu_quantize import swiglu_quantize
 from .scaled_tensor import ScaledTensor
 
@@ -28,5 +30,8 @@ __all__ = [
     "masked_grouped_gemm",
     "nn",
     "quantize",
+    "quantize_both",
+    "quantize_grouped_both",
+    "requantize_transpose",
     "swiglu_quantize",
 ]

@@ -15,6 +15,9 @@ KERNELS = Path(__file__).parent / "kernels"
 OPS = (
     "quantize",
     "dequantize",
+    "quantize_both",
+    "quantize_grouped_both",
+    "requantize_transpose",
     "swiglu_quantize",
     "gemm",
     "grouped_gemm",

@@ -12,12 +12,15 @@ from torch import Tensor
 from .errors import ArgumentValueError, message
 
 # The bit of each op that reports, and how a message goes on: op, argument, what was expected.
-OFFSETS, COUNTS, TOKEN_OFFSETS, SWIGLU_OFFSETS = 1, 2, 4, 8
+OFFSETS, COUNTS, TOKEN_OFFSETS, SWIGLU_OFFSETS, QUANTIZE_OFFSETS, REQUANTIZE_OFFSETS = 1, 2, 4, 8, 16, 32
+_ENDS = "ends that ascend from 0 to at most T"
 _MEANINGS = {
-    OFFSETS: ("grouped_gemm", "offsets", "ends that ascend from 0 to at most T"),
+    OFFSETS: ("grouped_gemm", "offsets", _ENDS),
     COUNTS: ("masked_grouped_gemm", "counts", "counts from 0 to M"),
-    TOKEN_OFFSETS: ("grouped_wgrad", "offsets", "ends that ascend from 0 to at most T"),
-    SWIGLU_OFFSETS: ("gemm_swiglu_quantize", "offsets", "ends that ascend from 0 to at most T"),
+    TOKEN_OFFSETS: ("grouped_wgrad", "offsets", _ENDS),
+    SWIGLU_OFFSETS: ("gemm_swiglu_quantize", "offsets", _ENDS),
+    QUANTIZE_OFFSETS: ("quantize_grouped_both", "offsets", _ENDS),
+    REQUANTIZE_OFFSETS: ("requantize_transpose", "offsets", _ENDS),
 }
 
 _words: dict[torch.device, Tensor] = {}
@@ -46,7 +49,8 @@ def check() -> None:
     """Raise if a kernel has met bad data in device memory since the last call.
 
     What the host cannot see without waiting for the device is not checked before a launch: offsets of
-    :func:`fastfp8.grouped_gemm`, :func:`fastfp8.grouped_wgrad` and :func:`fastfp8.gemm_swiglu_quantize`, counts of
+    :func:`fastfp8.grouped_gemm`, :func:`fastfp8.grouped_wgrad`, :func:`fastfp8.gemm_swiglu_quantize`,
+    :func:`fastfp8.quantize_grouped_both` and :func:`fastfp8.requantize_transpose`, counts of
     :func:`fastfp8.masked_grouped_gemm`. On a GPU their kernels bring such values into range and go on; this is where to
     learn of it. It waits for each device on which such an op has run, so call it once a step, or while looking for a
     fault, and not while a CUDA graph is captured.

@@ -49,6 +49,20 @@ def pad4(n: int) -> int:
     return ceil_div(n, 4) * 4
 
 
+def pad16(n: int) -> int:
+    """n rounded up to 16: the pitch of a row of FP8 codes in bytes, as TMA wants it."""
+    return ceil_div(n, 16) * 16
+
+
+def grouped_tokens(tokens: int, groups: int) -> int:
+    """The room that any split of ``tokens`` into ``groups`` finds, each of them padded to a multiple of 128.
+
+    The most that can be needed and no more: every group that has a token may end with a block of a single one.
+    """
+    filled: int = torch.sym_min(tokens, groups)  # type: ignore[no-untyped-call]
+    return (tokens + filled * (BLOCK - 1)) // BLOCK * BLOCK
+
+
 def as_block(block: object, op: str, argument: str = "block", allowed: tuple[Block, ...] = BLOCKS) -> Block:
     """``block`` as a tuple of two ints, or an error that lists the allowed ones."""
     value = tuple(block) if isinstance(block, (tuple, list)) else ()
@@ -90,6 +104,13 @@ def scale_strides(shape: Sequence[int], block: Block) -> tuple[int, ...]:
 def empty_scale(like: torch.Tensor, shape: Sequence[int], block: Block) -> torch.Tensor:
     """An uninitialised FP32 scale in the layout of ``block`` on the device of ``like``."""
     return torch.empty_strided(tuple(shape), scale_strides(shape, block), dtype=torch.float32, device=like.device)
+
+
+def empty_transposed(like: torch.Tensor, features: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised codes [features, tokens] and their scale in (1, 128) blocks on the device of ``like``."""
+    data = torch.empty((features, tokens), dtype=torch.float8_e4m3fn, device=like.device)
+    block = (1, BLOCK)
+    return data, empty_scale(data, scale_shape(features, tokens, block), block)
 
 
 def has_scale_layout(scale: torch.Tensor, block: Block) -> bool:
@@ -142,7 +163,8 @@ def is_flat(stack: torch.Tensor) -> bool:
 
 def row_pitch(data: torch.Tensor) -> int:
     """Elements from row to row of a matrix or of a flat stack."""
-    return int(data.stride(0) if data.shape[-2] <= 1 else data.stride(-2))
+    pitch: int = data.stride(0) if data.shape[-2] <= 1 else data.stride(-2)  # int() would make a symbol a constant
+    return pitch
 
 
 def as_matrices(block: Block, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:

@@ -7,7 +7,7 @@ import torch
 
 import fastfp8
 from fastfp8 import error_word
-from fastfp8.error_word import COUNTS, OFFSETS, TOKEN_OFFSETS
+from fastfp8.error_word import COUNTS, OFFSETS, QUANTIZE_OFFSETS, REQUANTIZE_OFFSETS, TOKEN_OFFSETS
 
 CPU, FIRST, OTHER = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 3)
 Words = dict[torch.device, torch.Tensor]
@@ -50,6 +50,15 @@ def test_every_op_and_device_is_named(words: Words) -> None:
     assert not any(word.item() for word in words.values())
 
 
+def test_both_quantisations_are_named(words: Words) -> None:
+    words[FIRST].fill_(QUANTIZE_OFFSETS | REQUANTIZE_OFFSETS)
+    with pytest.raises(ValueError, match="cuda:0") as caught:
+        fastfp8.check()
+    first, second = str(caught.value).split("; ")
+    assert first.startswith("fastfp8.quantize_grouped_both: argument 'offsets'")
+    assert second.startswith("fastfp8.requantize_transpose: argument 'offsets'")
+
+
 def test_the_words_of_cpu_and_meta(words: Words) -> None:
     """That of the CPU is for torch.compile only; nothing sets it and check does not look at it."""
     word = error_word.error_word(CPU)
@@ -82,6 +91,8 @@ def test_fake_tensors_make_no_word(words: Words) -> None:
         assert fastfp8.grouped_gemm(a, b, ends).shape == (8, 8)
         stack = fastfp8.quantize(torch.ones(2, 5, 16))
         assert fastfp8.masked_grouped_gemm(stack, b, ends).shape == (2, 5, 8)
+        assert fastfp8.quantize_grouped_both(torch.ones(5, 16), ends)[1].shape == (16, 256)
+        assert fastfp8.requantize_transpose(a, ends)[0].shape == (16, 256)
         assert fastfp8.grouped_wgrad(a, a, ends, out=torch.ones(2, 8, 8)).shape == (2, 8, 8)
     assert set(words) == {FIRST, OTHER}
 

@@ -18,6 +18,9 @@ OPS = (
     "quantize",
     "swiglu_quantize",
     "dequantize",
+    "quantize_both",
+    "quantize_grouped_both",
+    "requantize_transpose",
     "gemm",
     "grouped_gemm",
     "masked_grouped_gemm",
@@ -25,7 +28,7 @@ OPS = (
     "grouped_wgrad",
 )
 # Ops that share the files of another, because they share its kernel.
-STEM_OF = {"masked_grouped_gemm": "grouped_gemm"}
+STEM_OF = {"masked_grouped_gemm": "grouped_gemm", "quantize_grouped_both": "quantize_both"}
 MAX_FILE, MAX_FUNCTION = 500, 150
 
 # What each folder of csrc may include from: data flows ops -> bindings -> problem -> config -> plan -> kernel -> ptx.

@@ -8,6 +8,16 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
       "swiglu_quantize(Tensor gate_up, Tensor? weight=None, float? limit=None, bool pow2=False, float eps=0.0) -> "
       "(Tensor, Tensor)");
   library.def("dequantize(Tensor data, Tensor scale, int[2] block, ScalarType dtype=bfloat16) -> Tensor");
+  // Data and scale of x, then of its transpose, whose codes [K, tokens] are padded with zeros: to 16 tokens, or each
+  // group to 128. Of groups also the token at which each ends there.
+  library.def("quantize_both(Tensor x, bool pow2=False, float eps=0.0) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "quantize_grouped_both(Tensor x, Tensor offsets, Tensor(a!)? error, bool pow2=False, float eps=0.0) -> "
+      "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("requantize_transpose(Tensor data, Tensor scale) -> (Tensor, Tensor)");
+  library.def(
+      "requantize_transpose.grouped(Tensor data, Tensor scale, Tensor offsets, Tensor(a!)? error) -> "
+      "(Tensor, Tensor, Tensor)");
   library.def(
       "gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, int[2] b_block=[128, 128], "
       "ScalarType out_dtype=bfloat16, Tensor? c=None, int? num_sms=None) -> Tensor");

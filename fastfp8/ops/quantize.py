@@ -43,17 +43,26 @@ def quantize(x: Tensor, block: Sequence[int] = (1, BLOCK), *, pow2: bool = False
     """
     checked = as_block(block, _OP)
     if not torch.compiler.is_compiling():  # there the fake implementation checks: Dynamo cannot trace all of it
-        check_type(pow2, bool, _OP, "pow2", "a bool")
-        check_type(eps, (float, int), _OP, "eps", "a number")
+        check_options(_OP, pow2, eps)
         _check(x, checked, eps)
     data, scale = torch.ops.fastfp8.quantize(x, checked, pow2, eps)
     return ScaledTensor._trusted(data, scale, checked)
 
 
+def check_options(op: str, pow2: object, eps: object) -> None:
+    """Raise unless ``pow2`` is a bool and ``eps`` a number."""
+    check_type(pow2, bool, op, "pow2", "a bool")
+    check_type(eps, (float, int), op, "eps", "a number")
+
+
+def check_eps(op: str, eps: float) -> None:
+    check_value(0 <= eps < 2.0**100, op, "eps", "a number from 0 up to 2**100", eps)
+
+
 def _check(x: Tensor, block: Sequence[int], eps: float) -> Block:
     checked = as_block(block, _OP)
     check_blocked(x, _OP, "x", INPUT_DTYPES, checked)
-    check_value(0 <= eps < 2.0**100, _OP, "eps", "a number from 0 up to 2**100", eps)
+    check_eps(_OP, eps)
     return checked
 
 

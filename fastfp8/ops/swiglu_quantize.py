@@ -9,7 +9,8 @@ from ..errors import check_device, check_tensor, check_type, check_value, value_
 from ..layout import BLOCK, Block, empty_scale, scale_shape
 from ..reference.swiglu_quantize import swiglu_quantize as reference_swiglu_quantize
 from ..scaled_tensor import ScaledTensor
-from .quantize import INPUT_DTYPES
+from .quantize import INPUT_DTYPES, check_eps
+from .quantize import check_options as check_quantize_options
 
 _OP = "swiglu_quantize"
 RESULT_BLOCK: Block = (1, BLOCK)
@@ -55,8 +56,7 @@ def check_options(op: str, limit: object, pow2: object, eps: object) -> None:
     """Raise unless the options have the types that the schemas of ``op`` ask for."""
     if limit is not None:
         check_type(limit, (float, int), op, "limit", "a number or None")
-    check_type(pow2, bool, op, "pow2", "a bool")
-    check_type(eps, (float, int), op, "eps", "a number")
+    check_quantize_options(op, pow2, eps)
 
 
 def check_swiglu(op: str, weight: Tensor | None, limit: float | None, eps: float, rows: int, like: Tensor) -> None:
@@ -68,7 +68,7 @@ def check_swiglu(op: str, weight: Tensor | None, limit: float | None, eps: float
         check_device(weight, op, "weight", like, "gate_up" if op == _OP else "a")
     if limit is not None:
         check_value(2.0**-100 <= limit <= 2.0**100, op, "limit", "a positive number from 2**-100 to 2**100", limit)
-    check_value(0 <= eps < 2.0**100, op, "eps", "a number from 0 up to 2**100", eps)
+    check_eps(op, eps)
 
 
 def _check(gate_up: Tensor, weight: Tensor | None, limit: float | None, eps: float) -> None:

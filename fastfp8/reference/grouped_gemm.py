@@ -10,6 +10,17 @@ from ..layout import BLOCK
 from .gemm import gemm
 
 
+def rows_of_groups(op: str, offsets: Tensor, rows: int) -> list[slice]:
+    """The rows of each group that ``offsets`` ends. Raises ValueError unless they ascend from 0 to at most ``rows``."""
+    ends = offsets.tolist()
+    found = [slice(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    for group, taken in enumerate(found):
+        if not taken.start <= taken.stop <= rows:
+            expected = f"ends that ascend from 0 to at most T = {rows}"
+            raise value_error(op, "offsets", expected, f"{taken.stop} after {taken.start} for group {group}")
+    return found
+
+
 def grouped_gemm(
     a: Tensor,
     a_scale: Tensor,
@@ -24,17 +35,11 @@ def grouped_gemm(
 
     ``op`` is whose argument ``offsets`` is.
     """
-    rows, ends = a.shape[0], offsets.tolist()
-    starts = [0, *ends[:-1]]
-    for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        if not start <= end <= rows:
-            expected = f"ends that ascend from 0 to at most T = {rows}"
-            raise value_error(op, "offsets", expected, f"{end} after {start} for group {group}")
-    out = torch.empty((rows, b.shape[1]), dtype=out_dtype)
-    for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        if start < end:
-            left, left_scale = a[start:end], a_scale[start:end]
-            out[start:end] = gemm(left, left_scale, b[group], b_scale[group], (BLOCK, BLOCK), out_dtype, None)
+    groups = rows_of_groups(op, offsets, a.shape[0])
+    out = torch.empty((a.shape[0], b.shape[1]), dtype=out_dtype)
+    for group, rows in enumerate(groups):
+        if rows.start < rows.stop:
+            out[rows] = gemm(a[rows], a_scale[rows], b[group], b_scale[group], (BLOCK, BLOCK), out_dtype, None)
     return out
 
 

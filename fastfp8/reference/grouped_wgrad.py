@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import value_error
 from ..layout import BLOCK, ceil_div
 from .gemm import gemm
+from .grouped_gemm import rows_of_groups
 
 
 def grouped_wgrad(
@@ -19,15 +19,10 @@ def grouped_wgrad(
     accumulate: bool,
 ) -> None:
     """See :func:`fastfp8.grouped_wgrad`; arguments are checked already, but for the values of ``offsets``."""
-    tokens, ends = grad_t.shape[1], offsets.tolist()
-    starts = [0, *ends[:-1]]
-    for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
-        if not start <= end <= tokens:
-            expected = f"ends that ascend from 0 to at most T = {tokens}"
-            raise value_error("grouped_wgrad", "offsets", expected, f"{end} after {start} for group {group}")
-    for group, (start, end) in enumerate(zip(starts, ends, strict=True)):
+    groups = rows_of_groups("grouped_wgrad", offsets, grad_t.shape[1])
+    for group, taken in enumerate(groups):
         # Whole blocks, as the kernels read them: what pads the last one is zero.
-        first, last = ceil_div(start, BLOCK), ceil_div(end, BLOCK)
+        first, last = ceil_div(taken.start, BLOCK), ceil_div(taken.stop, BLOCK)
         if first < last:
             blocks, columns = slice(first, last), slice(first * BLOCK, last * BLOCK)
             left, right = (grad_t[:, columns], grad_t_scale[:, blocks]), (input_t[:, columns], input_t_scale[:, blocks])

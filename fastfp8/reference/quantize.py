@@ -61,8 +61,8 @@ def quantize_rows(x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: bo
     data.copy_(codes.view(row_blocks * block[0], col_blocks * block[1])[:rows, :cols])
 
 
-def _quantize_matrix(x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: bool, eps: float) -> None:
-    """As quantize_rows, a chunk at a time."""
+def quantize_matrix(x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: bool, eps: float) -> None:
+    """Quantise ``x`` [R, C], not empty, into ``data`` and ``scale``, a chunk at a time."""
     rows, cols = x.shape
     step = max(1, _CHUNK // (cols * block[0]))
     if rows <= step * block[0]:
@@ -81,5 +81,5 @@ def quantize(x: Tensor, block: Block, pow2: bool, eps: float) -> tuple[Tensor, T
     scale = empty_scale(x, scale_shape_of(x.shape, block), block)
     if x.numel():
         for x_matrix, data_matrix, scale_matrix in as_matrices(block, x, data, scale):
-            _quantize_matrix(x_matrix, data_matrix, scale_matrix, block, pow2, eps)
+            quantize_matrix(x_matrix, data_matrix, scale_matrix, block, pow2, eps)
     return data, scale

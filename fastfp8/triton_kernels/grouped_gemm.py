@@ -25,19 +25,8 @@ def larger(x, y):
 
 
 @triton.jit
-def rows_of_tile(
-    sizes,
-    error,
-    tile,
-    M,
-    groups,
-    MASKED: tl.constexpr,
-    ERROR_BIT: tl.constexpr,
-    GROUPS: tl.constexpr,
-    TILE_M: tl.constexpr,
-):
-    """The group of row tile ``tile``, its first row and the row at which its group ends; no group below ``groups`` if
-    there is no such tile, whatever lies in the lanes past the last group.
+def rows_of_groups(sizes, error, M, groups, MASKED: tl.constexpr, ERROR_BIT: tl.constexpr, GROUPS: tl.constexpr):
+    """Lane by lane the first row of each group and the row at which it ends. Lanes past the last group hold any rows.
 
     Offsets and counts are brought into range here, before any address depends on them, and reported if that was needed.
     """
@@ -57,13 +46,40 @@ def rows_of_tile(
     if error is not None and tl.program_id(0) == 0:
         changed = tl.sum(((used != given) & (lane < groups)).to(tl.int32), 0)
         tl.atomic_or(error, ERROR_BIT, mask=changed > 0)
+    return starts, ends
 
+
+@triton.jit
+def tile_of_groups(starts, ends, tile, GROUPS: tl.constexpr, TILE_M: tl.constexpr):
+    """The group of row tile ``tile``, its first row, the row at which its group ends, and the first tile of each group.
+
+    If there is no such tile, the group is none of those that there are: it may be that of a lane past the last.
+    """
+    lane = tl.arange(0, GROUPS)
     tiles = (ends - starts + TILE_M - 1) // TILE_M
     tiles_before = tl.cumsum(tiles, 0) - tiles
     group = tl.sum((tiles_before + tiles <= tile).to(tl.int32), 0)
     mine = lane == group
     row = tl.sum(tl.where(mine, starts + (tile - tiles_before) * TILE_M, 0), 0)
-    return group, row, tl.sum(tl.where(mine, ends, 0), 0)
+    return group, row, tl.sum(tl.where(mine, ends, 0), 0), tiles_before
+
+
+@triton.jit
+def rows_of_tile(
+    sizes,
+    error,
+    tile,
+    M,
+    groups,
+    MASKED: tl.constexpr,
+    ERROR_BIT: tl.constexpr,
+    GROUPS: tl.constexpr,
+    TILE_M: tl.constexpr,
+):
+    """The group of row tile ``tile``, its first row and the row at which its group ends, of sizes as they are given."""
+    starts, ends = rows_of_groups(sizes, error, M, groups, MASKED, ERROR_BIT, GROUPS)
+    group, row, end, _ = tile_of_groups(starts, ends, tile, GROUPS, TILE_M)
+    return group, row, end
 
 
 @triton.jit(do_not_specialize=["M", "a_scale_k_stride"])

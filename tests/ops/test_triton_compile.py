@@ -22,6 +22,8 @@ from fastfp8.triton_kernels import (  # noqa: E402
     grouped_gemm,
     grouped_wgrad,
     quantize,
+    quantize_both,
+    requantize_transpose,
     swiglu_quantize,
 )
 
@@ -108,17 +110,68 @@ def test_quantize(monkeypatch: pytest.MonkeyPatch, block: tuple[int, int], pow2:
     quantize.quantize(torch.zeros(256, 512, dtype=torch.bfloat16), block, pow2, 0.0)
     kernel = recorder.compile(capability)
     check_common(kernel, capability)
+    check_quantizes(recorder, kernel)
+    # One read of x, in the widest loads there are.
+    loads = [op for op in opcodes(kernel) if op.startswith("ld.global")]
+    tile, threads = recorder.kwargs["TILE_ROWS"] * recorder.kwargs["TILE_COLS"], 32 * recorder.kwargs["num_warps"]
+    assert loads == ["ld.global.v4.b32"] * (tile // threads // 8)
+
+
+def check_quantizes(recorder: Recorder, kernel: CompiledKernel) -> None:
+    """What decides the bits of codes and scales."""
     ops = opcodes(kernel)
     floating_divisions = {op for op in ops if op.startswith("div.") and ".f" in op}
     assert floating_divisions == {"div.rn.f32"}
     direct, by_fp16 = {"cvt.rn.satfinite.e4m3x2.f32"}, {"cvt.rn.satfinite.e4m3x2.f16x2", "cvt.rz.f16.f32"}
-    conversions = {op for op in ops if op.startswith("cvt") and ("e4m3" in op or op.endswith("f16.f32"))}
+    conversions = {op for op in ops if op.startswith("cvt") and ("e4m3x2.f" in op or op.endswith("f16.f32"))}
     assert conversions == direct or (conversions == by_fp16 and recorder.kwargs["STICKY"])
-    # One read of x, in the widest loads there are.
-    loads = [op for op in ops if op.startswith("ld.global")]
-    tile, threads = recorder.kwargs["TILE_ROWS"] * recorder.kwargs["TILE_COLS"], 32 * recorder.kwargs["num_warps"]
-    assert loads == ["ld.global.v4.b32"] * (tile // threads // 8)
     assert not [op for op in ops if op.startswith("fma")]
+
+
+def check_transposes(
+    recorder: Recorder, kernel: CompiledKernel, capability: int, in_bytes: int, written: int, grouped: bool
+) -> None:
+    """A tile of elements of ``in_bytes`` is read once and written ``written`` times, 16 bytes a thread.
+
+    All else is scales and offsets, and one atomic, by which bad offsets are reported.
+    """
+    check_common(kernel, capability)
+    check_quantizes(recorder, kernel)
+    ops, each = opcodes(kernel), 128 * 128 // (32 * recorder.kwargs["num_warps"]) // 16
+    accesses = [op for op in ops if re.match(r"(ld|st)\.global", op)]
+    assert accesses.count("ld.global.v4.b32") == in_bytes * each
+    assert accesses.count("st.global.v4.b32") == written * each
+    assert {op for op in accesses if ".v4." not in op} <= {"ld.global.b32", "st.global.b32"}
+    assert len([op for op in ops if op.startswith(("atom.", "red."))]) == (1 if grouped else 0)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("groups", [0, 6])
+def test_quantize_both(monkeypatch: pytest.MonkeyPatch, groups: int, capability: int) -> None:
+    recorder = record(monkeypatch, quantize_both, "quantize_both_kernel")
+    monkeypatch.setattr(quantize_both, "require_fp8", lambda op, device: divmod(capability, 10))
+    x = torch.zeros(256, 512, dtype=torch.bfloat16)
+    if groups:
+        words = [torch.zeros(n, dtype=torch.int32) for n in (groups, 1)]
+        quantize_both.quantize_grouped_both(x, *words, False, 0.0)
+    else:
+        quantize_both.quantize_both(x, False, 0.0)
+    check_transposes(recorder, recorder.compile(capability), capability, in_bytes=2, written=2, grouped=groups > 0)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("groups", [0, 6])
+def test_requantize_transpose(monkeypatch: pytest.MonkeyPatch, groups: int, capability: int) -> None:
+    recorder = record(monkeypatch, requantize_transpose, "requantize_transpose_kernel")
+    monkeypatch.setattr(requantize_transpose, "require_fp8", lambda op, device: divmod(capability, 10))
+    data = torch.zeros(256, 512, dtype=torch.float8_e4m3fn)
+    t = data, empty_scale(data, scale_shape(256, 512, (1, 128)), (1, 128))
+    if groups:
+        words = [torch.zeros(n, dtype=torch.int32) for n in (groups, 1)]
+        requantize_transpose.requantize_grouped_transpose(*t, *words)
+    else:
+        requantize_transpose.requantize_transpose(*t)
+    check_transposes(recorder, recorder.compile(capability), capability, in_bytes=1, written=1, grouped=groups > 0)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -1,0 +1,123 @@
+"""From FP8 in blocks along one dimension to the transpose in FP8, in blocks along the other."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentTypeError, check_tensor, check_type, message, value_error
+from ..layout import BLOCK, Block, empty_transposed, grouped_tokens, pad16
+from ..reference import requantize_transpose as reference
+from ..scaled_tensor import ScaledTensor
+from .dequantize import check_scaled
+from .grouped_gemm import word_for
+from .quantize_both import check_offsets, transposed_tensor
+
+_OP = "requantize_transpose"
+_BLOCK: Block = (1, BLOCK)
+
+
+@overload
+def requantize_transpose(t: ScaledTensor, offsets: None = None, *, pad: bool = False) -> ScaledTensor: ...
+
+
+@overload
+def requantize_transpose(t: ScaledTensor, offsets: Tensor, *, pad: bool = False) -> tuple[ScaledTensor, Tensor]: ...
+
+
+def requantize_transpose(
+    t: ScaledTensor, offsets: Tensor | None = None, *, pad: bool = False
+) -> ScaledTensor | tuple[ScaledTensor, Tensor]:
+    """``quantize(dequantize(t).T, pow2=True)`` in one pass from FP8 to FP8: a saved input becomes an operand of Wgrad.
+
+    The dequantised values are taken in FP32. A block of the result has 128 tokens of one column; its scale is the
+    smallest power of two not below ``amax / 448``, where ``amax`` is the true one of those values. So where the scales
+    of ``t`` are powers of two too (``quantize(..., pow2=True)``), every value comes back but for those that become
+    subnormal codes, smaller than 2**-6 times the new scale: these are rounded once more. With other scales all values
+    are. DeepSeek-V3 report, sections 3.3.3 and 3.5.
+
+    Args:
+        t: activations or gradients [M, K] in (1, 128) blocks; any extents, CPU or CUDA.
+        offsets: None, or groups of tokens as in :func:`fastfp8.quantize_grouped_both`: int32 [G] on the device of
+            ``t``, the row at which each ends.
+        pad: whether the result has zeros up to the next multiple of 16 tokens, as in :func:`fastfp8.quantize_both`.
+            Groups are always padded, to 128.
+
+    Returns:
+        Without ``offsets`` a ScaledTensor [K, M] in (1, 128) blocks, whose rows are M rounded up to 16 codes apart;
+        with ``pad`` [K, M rounded up to 16]. With ``offsets`` a ScaledTensor [K, T'] and ``padded_offsets``, the last
+        two results of :func:`fastfp8.quantize_grouped_both`, for which its docstring tells what is undefined.
+
+    Raises:
+        TypeError: ``t`` is not a ScaledTensor, ``offsets`` no int32 tensor, or ``pad`` no bool.
+        ValueError: ``t`` has other blocks or dimensions, or ``offsets`` another shape, stride or device. Bad offsets as
+            in :func:`fastfp8.quantize_grouped_both`.
+    """
+    if not isinstance(t, ScaledTensor):
+        raise ArgumentTypeError(message(_OP, "t", "a fastfp8.ScaledTensor", type(t).__name__))
+    if t.block != _BLOCK:
+        raise value_error(_OP, "t", f"blocks of {_BLOCK}", f"blocks of {t.block}")
+    check_type(pad, bool, _OP, "pad", "a bool")
+    if offsets is None:
+        data_t, scale_t = torch.ops.fastfp8.requantize_transpose.default(t.data, t.scale)
+        return transposed_tensor(data_t, scale_t, None if pad else t.shape[0])
+    check_tensor(offsets, _OP, "offsets", (torch.int32,), dim=1)
+    grouped = torch.ops.fastfp8.requantize_transpose.grouped
+    data_t, scale_t, ends_t = grouped(t.data, t.scale, offsets, word_for(offsets))
+    return ScaledTensor._trusted(data_t, scale_t, _BLOCK), ends_t
+
+
+def _check(data: Tensor, scale: Tensor) -> None:
+    check_scaled(_OP, "data", data, "scale", scale, _BLOCK)
+
+
+def _check_grouped(data: Tensor, scale: Tensor, offsets: Tensor, error: Tensor | None) -> None:
+    _check(data, scale)
+    check_offsets(_OP, offsets, error, data, "data")
+
+
+@torch.library.impl("fastfp8::requantize_transpose", "CPU")
+@torch.no_grad()
+def _cpu(data: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    _check(data, scale)
+    return reference.requantize_transpose(data, scale)
+
+
+@torch.library.impl("fastfp8::requantize_transpose", "CUDA")
+@torch.no_grad()
+def _cuda(data: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    from ..triton_kernels import requantize_transpose as kernels
+
+    _check(data, scale)
+    return kernels.requantize_transpose(data, scale)
+
+
+@torch.library.register_fake("fastfp8::requantize_transpose")
+def _fake(data: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+    _check(data, scale)
+    return empty_transposed(data, data.shape[1], pad16(data.shape[0]))
+
+
+@torch.library.impl("fastfp8::requantize_transpose.grouped", "CPU")
+@torch.no_grad()
+def _grouped_cpu(data: Tensor, scale: Tensor, offsets: Tensor, error: Tensor | None) -> tuple[Tensor, ...]:
+    _check_grouped(data, scale, offsets, error)
+    return reference.requantize_grouped_transpose(data, scale, offsets)
+
+
+@torch.library.impl("fastfp8::requantize_transpose.grouped", "CUDA")
+@torch.no_grad()
+def _grouped_cuda(data: Tensor, scale: Tensor, offsets: Tensor, error: Tensor | None) -> tuple[Tensor, ...]:
+    from ..triton_kernels import requantize_transpose as kernels
+
+    _check_grouped(data, scale, offsets, error)
+    return kernels.requantize_grouped_transpose(data, scale, offsets, error)
+
+
+@torch.library.register_fake("fastfp8::requantize_transpose.grouped")
+def _grouped_fake(data: Tensor, scale: Tensor, offsets: Tensor, error: Tensor | None) -> tuple[Tensor, ...]:
+    _check_grouped(data, scale, offsets, error)
+    tokens = grouped_tokens(data.shape[0], offsets.shape[0])
+    return *empty_transposed(data, data.shape[1], tokens), torch.empty_like(offsets)
