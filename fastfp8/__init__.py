@@ -4,14 +4,17 @@ import torch  # noqa: F401  (its libraries must be loaded before _C is)
 
 from . import _C, backends, nn  # _C registers the schemas of torch.ops.fastfp8.*
 from .error_word import check
+from .ops.balance import balance_loss, update_bias
 from .ops.dequantize import dequantize
 from .ops.gemm import gemm
 from .ops.gemm_swiglu_quantize import gemm_swiglu_quantize
 from .ops.grouped_gemm import grouped_gemm, masked_grouped_gemm
 from .ops.grouped_wgrad import grouped_wgrad
+from .ops.permute import RowMap, permute, permute_quantize, row_map, unpermute
 from .ops.quantize import quantize
 from .ops.quantize_both import quantize_both, quantize_grouped_both
 from .ops.requantize_transpose import requantize_transpose
+from .ops.route import Routing, route
 from .ops.swiglu_quantize import swiglu_quantize
 from .scaled_tensor import ScaledTensor
 
@@ -20,7 +23,10 @@ __version__ = _C.version
 backends.announce()
 
 __all__ = [
+    "Routing",
+    "RowMap",
     "ScaledTensor",
+    "balance_loss",
     "check",
     "dequantize",
     "gemm",
@@ -29,9 +35,15 @@ __all__ = [
     "grouped_wgrad",
     "masked_grouped_gemm",
     "nn",
+    "permute",
+    "permute_quantize",
     "quantize",
     "quantize_both",
     "quantize_grouped_both",
     "requantize_transpose",
+    "route",
+    "row_map",
     "swiglu_quantize",
+    "unpermute",
+    "update_bias",
 ]

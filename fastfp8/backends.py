@@ -24,6 +24,11 @@ OPS = (
     "masked_grouped_gemm",
     "grouped_wgrad",
     "gemm_swiglu_quantize",
+    "route",
+    "row_map",
+    "permute",
+    "permute_quantize",
+    "unpermute",
 )
 # Those that have a CUDA C++ kernel.
 SM90_OPS = ("gemm", "grouped_gemm", "masked_grouped_gemm", "grouped_wgrad", "gemm_swiglu_quantize")

@@ -26,9 +26,22 @@ OPS = (
     "masked_grouped_gemm",
     "gemm_swiglu_quantize",
     "grouped_wgrad",
+    "route",
+    "route_backward",
+    "row_map",
+    "permute",
+    "permute_scaled",
+    "permute_quantize",
+    "unpermute",
+    "unpermute_backward",
 )
 # Ops that share the files of another, because they share its kernel.
-STEM_OF = {"masked_grouped_gemm": "grouped_gemm", "quantize_grouped_both": "quantize_both"}
+STEM_OF = {
+    "masked_grouped_gemm": "grouped_gemm",
+    "quantize_grouped_both": "quantize_both",
+    "route_backward": "route",
+    **dict.fromkeys(("row_map", "permute_scaled", "permute_quantize", "unpermute", "unpermute_backward"), "permute"),
+}
 MAX_FILE, MAX_FUNCTION = 500, 150
 
 # What each folder of csrc may include from: data flows ops -> bindings -> problem -> config -> plan -> kernel -> ptx.

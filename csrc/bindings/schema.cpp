@@ -40,6 +40,21 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
   library.def(
       "grouped_wgrad.out(Tensor grad_t, Tensor grad_t_scale, Tensor input_t, Tensor input_t_scale, Tensor offsets, "
       "Tensor(a!)? error, bool accumulate=False, *, Tensor(b!) out) -> ()");
+  library.def(
+      "route(Tensor logits, Tensor bias, *, int top_k, int groups=1, int top_groups=1, str score=\"sigmoid\", "
+      "float scale=1.0) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "route_backward(Tensor? grad_weights, Tensor? grad_scores, Tensor topk_idx, Tensor scores, str score, "
+      "float scale, ScalarType out_dtype) -> Tensor");
+  library.def("row_map(Tensor topk_idx, int num_experts, Tensor(a!)? error) -> (Tensor, Tensor, Tensor)");
+  library.def("permute(Tensor x, Tensor rows) -> Tensor");
+  library.def("permute_scaled(Tensor x, Tensor x_scale, Tensor rows) -> (Tensor, Tensor)");
+  library.def("permute_quantize(Tensor x, Tensor rows, bool pow2=False, float eps=0.0) -> (Tensor, Tensor)");
+  // `y` in FP8 with `y_scale`, or dense without.
+  library.def(
+      "unpermute(Tensor y, Tensor? y_scale, Tensor rows, Tensor? weights=None, ScalarType out_dtype=bfloat16) -> "
+      "Tensor");
+  library.def("unpermute_backward(Tensor grad, Tensor y, Tensor rows, Tensor weights) -> (Tensor, Tensor)");
   // The same on a CUDA device that is not sm_90, arguments checked already: the ops above hand over to these.
   library.def(
       "_gemm_triton(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, int[2] b_block, ScalarType out_dtype, "
