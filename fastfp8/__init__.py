@@ -2,10 +2,11 @@
 
 import torch  # noqa: F401  (its libraries must be loaded before _C is)
 
-from . import _C, backends, nn  # _C registers the schemas of torch.ops.fastfp8.*
+from . import _C, backends, nn, optim  # _C registers the schemas of torch.ops.fastfp8.*
 from .error_word import check
 from .ops.balance import balance_loss, update_bias
 from .ops.dequantize import dequantize
+from .ops.e5m6 import pack_e5m6, requantize_e5m6, unpack_e5m6
 from .ops.gemm import gemm
 from .ops.gemm_swiglu_quantize import gemm_swiglu_quantize
 from .ops.grouped_gemm import grouped_gemm, masked_grouped_gemm
@@ -16,6 +17,7 @@ from .ops.quantize_both import quantize_both, quantize_grouped_both
 from .ops.requantize_transpose import requantize_transpose
 from .ops.route import Routing, route
 from .ops.swiglu_quantize import swiglu_quantize
+from .packed_e5m6 import PackedE5M6
 from .scaled_tensor import ScaledTensor
 
 __version__ = _C.version
@@ -23,6 +25,7 @@ __version__ = _C.version
 backends.announce()
 
 __all__ = [
+    "PackedE5M6",
     "Routing",
     "RowMap",
     "ScaledTensor",
@@ -35,15 +38,19 @@ __all__ = [
     "grouped_wgrad",
     "masked_grouped_gemm",
     "nn",
+    "optim",
+    "pack_e5m6",
     "permute",
     "permute_quantize",
     "quantize",
     "quantize_both",
     "quantize_grouped_both",
+    "requantize_e5m6",
     "requantize_transpose",
     "route",
     "row_map",
     "swiglu_quantize",
+    "unpack_e5m6",
     "unpermute",
     "update_bias",
 ]

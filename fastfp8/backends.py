@@ -29,6 +29,10 @@ OPS = (
     "permute",
     "permute_quantize",
     "unpermute",
+    "pack_e5m6",
+    "unpack_e5m6",
+    "requantize_e5m6",
+    "adamw",
 )
 # Those that have a CUDA C++ kernel.
 SM90_OPS = ("gemm", "grouped_gemm", "masked_grouped_gemm", "grouped_wgrad", "gemm_swiglu_quantize")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
@@ -106,16 +106,22 @@ _CORRECTIONS = (
 class _Bounds:
     """The addresses of the elements of the tensors that a launch got; every access must stay within them."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Iterable[Any]) -> None:
         self._ranges: list[tuple[int, int]] = []
+        for tensor in memory:
+            self._add(tensor)
         self._convert = triton_interpreter._implicit_cvt
         self._load, self._store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
+    def _add(self, tensor: Any) -> None:
+        if tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            self._ranges.append((tensor.data_ptr(), tensor.data_ptr() + last * tensor.element_size()))
+
     def patches(self) -> tuple[tuple[Any, str, Any], ...]:
         def convert(arg: Any) -> Any:
-            if hasattr(arg, "data_ptr") and arg.numel():
-                last = sum((size - 1) * stride for size, stride in zip(arg.shape, arg.stride(), strict=True))
-                self._ranges.append((arg.data_ptr(), arg.data_ptr() + last * arg.element_size()))
+            if hasattr(arg, "data_ptr"):
+                self._add(arg)
             return self._convert(arg)
 
         def load(builder: InterpreterBuilder, ptrs: TensorHandle, mask: TensorHandle, *args: Any, **kwargs: Any) -> Any:
@@ -162,10 +168,11 @@ def _interpreted_language() -> Iterator[None]:
 
 
 @contextmanager
-def interpreted(*modules: ModuleType, corrected: bool = True) -> Iterator[None]:
+def interpreted(*modules: ModuleType, corrected: bool = True, memory: Iterable[Any] = ()) -> Iterator[None]:
     """While it lasts, the Triton kernels of fastfp8 and of ``modules`` run in the interpreter, on CPU tensors.
 
-    An access outside the tensors of a launch is an error. ``corrected=False`` leaves Triton's arithmetic as it is.
+    An access outside the tensors of a launch and of ``memory`` is an error. ``corrected=False`` leaves Triton's
+    arithmetic as it is.
     """
     ours = [m for name, m in sys.modules.items() if name.split(".")[:2] == ["fastfp8", "triton_kernels"]]
     with ExitStack() as stack:
@@ -174,7 +181,7 @@ def interpreted(*modules: ModuleType, corrected: bool = True) -> Iterator[None]:
                 if isinstance(value, JITFunction):
                     stack.enter_context(mock.patch.object(module, name, _twin(value.fn)))
         stack.enter_context(_interpreted_language())
-        for owner, name, value in (*_Bounds().patches(), *(_CORRECTIONS if corrected else ())):
+        for owner, name, value in (*_Bounds(memory).patches(), *(_CORRECTIONS if corrected else ())):
             stack.enter_context(mock.patch.object(owner, name, value))
         stack.enter_context(np.errstate(all="ignore"))  # a kernel's overflow or NaN is no event
         yield

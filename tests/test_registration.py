@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastfp8
-from fastfp8 import ScaledTensor
+from fastfp8 import PackedE5M6, ScaledTensor
 from fastfp8.layout import BLOCKS, Block
 
 OPS = torch.ops.fastfp8
@@ -163,6 +163,15 @@ def wgrad_out_cases() -> list[Any]:
     ]
 
 
+def packed_cases(*more: tuple[Any, ...]) -> list[Any]:
+    """Of unpack_e5m6 and requantize_e5m6: words, scale, columns, per_row and ``more``."""
+    cases = []
+    for (rows, cols), per_row, rest in zip([(5, 300), (130, 8), (3, 0)], [False, True, False], more, strict=True):
+        p = fastfp8.pack_e5m6(randn(rows, cols), per_row=per_row)
+        cases.append(pytest.param((p.words, p.scale, cols, per_row, *rest), id=f"{(rows, cols)}-{per_row}"))
+    return cases
+
+
 CASES = {
     OPS.quantize.default: quantize_cases(),
     OPS.dequantize.default: dequantize_cases(),
@@ -173,6 +182,13 @@ CASES = {
     OPS.gemm_swiglu_quantize.default: gemm_swiglu_cases(),
     OPS.grouped_wgrad.default: wgrad_cases(),
     OPS.grouped_wgrad.out: wgrad_out_cases(),
+    OPS.pack_e5m6.default: [
+        pytest.param((randn(5, 300),), id="defaults"),
+        pytest.param((randn(130, 16, dtype=torch.bfloat16).t(), False, 1e-4, True), id="per-row"),
+        pytest.param((randn(0, 8),), id="no-rows"),
+    ],
+    OPS.unpack_e5m6.default: packed_cases((), (torch.float32,), (torch.float16,)),
+    OPS.requantize_e5m6.default: packed_cases((), (False,), ()),
 }
 
 
@@ -312,6 +328,10 @@ def expert_gradients(dy: Tensor, x: Tensor, ends: Tensor, main_grad: Tensor) -> 
     return fastfp8.grouped_wgrad(left, right, ends, out_dtype=torch.bfloat16), main_grad * 2
 
 
+def repacked(p: PackedE5M6) -> tuple[PackedE5M6, ScaledTensor]:
+    return fastfp8.pack_e5m6(fastfp8.unpack_e5m6(p) * 2, per_row=True), fastfp8.requantize_e5m6(p)
+
+
 def compiled(function: Callable[..., Any], backend: str, dynamic: bool | None) -> Callable[..., Any]:
     torch._dynamo.reset()
     return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)
@@ -375,6 +395,15 @@ class TestCompile:
         for m in (5, 8, 130):
             t = fastfp8.quantize(randn(m, 300))
             assert same(function(t.data, t.scale), rebuilt(t.data, t.scale))
+
+    def test_packed(self, backend: str, dynamic: bool | None) -> None:
+        """A PackedE5M6 in and another out."""
+        function = compiled(repacked, backend, dynamic)
+        for m in (5, 8, 130):
+            p = fastfp8.pack_e5m6(randn(m, 300))
+            (words, *rest), (expected, *others) = function(p), repacked(p)
+            assert (words.shape, words.per_row) == (expected.shape, True)
+            assert same((words.words, words.scale, *rest), (expected.words, expected.scale, *others))
 
 
 class TestCompileMore:

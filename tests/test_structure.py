@@ -34,6 +34,10 @@ OPS = (
     "permute_quantize",
     "unpermute",
     "unpermute_backward",
+    "pack_e5m6",
+    "unpack_e5m6",
+    "requantize_e5m6",
+    "adamw",
 )
 # Ops that share the files of another, because they share its kernel.
 STEM_OF = {
@@ -41,6 +45,7 @@ STEM_OF = {
     "quantize_grouped_both": "quantize_both",
     "route_backward": "route",
     **dict.fromkeys(("row_map", "permute_scaled", "permute_quantize", "unpermute", "unpermute_backward"), "permute"),
+    **dict.fromkeys(("pack_e5m6", "unpack_e5m6", "requantize_e5m6"), "e5m6"),
 }
 MAX_FILE, MAX_FUNCTION = 500, 150
 
@@ -162,7 +167,8 @@ def test_python_layers(path: Path) -> None:
     assert not tops & {"tests", "emulator", "backends", "bench", "pytest", "hypothesis"}
     if folder != "triton_kernels":
         assert "triton" not in tops, "Triton is imported by triton_kernels only"
-    below = {"reference": ("ops", "triton_kernels", "nn"), "triton_kernels": ("ops", "nn"), "ops": ("nn",)}
+    uppers = ("nn", "optim")
+    below = {"reference": ("ops", "triton_kernels", *uppers), "triton_kernels": ("ops", *uppers), "ops": uppers}
     for upper in below.get(folder, ()):
         assert not any(n.startswith(f"fastfp8.{upper}") for n in imports), f"{folder} imports fastfp8.{upper}"
 

@@ -48,8 +48,10 @@ def _expanded(descriptor: TensorDescriptor, meta: dict[str, Any] | None) -> list
 class Emulated:
     """On the emulator, from the PTX that Triton compiles for ``capability``, after ``edit`` has changed it.
 
-    ``ptx`` is that of the last run.
+    ``ptx`` is that of the last run. ``memory`` are tensors that kernels reach by an address within another one.
     """
+
+    memory: tuple[torch.Tensor, ...] = ()
 
     def __init__(self, seed: int, capability: int = 90, edit: Callable[[str], str] = str) -> None:
         self._machine, self._capability, self._edit = Machine(seed), capability, edit
@@ -67,7 +69,7 @@ class Emulated:
         for size in (metadata.global_scratch_size, metadata.profile_scratch_size):
             values.append(_scratch(size * math.prod(grid)) if size else None)
         launchable = self._machine.load(self.ptx)[metadata.name]
-        return launchable.launch(grid, _threads(self.ptx), 1, metadata.shared, values)
+        return launchable.launch(grid, _threads(self.ptx), 1, metadata.shared, values, memory=self.memory)
 
 
 def _scratch(size: int) -> torch.Tensor:

@@ -55,6 +55,18 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
       "unpermute(Tensor y, Tensor? y_scale, Tensor rows, Tensor? weights=None, ScalarType out_dtype=bfloat16) -> "
       "Tensor");
   library.def("unpermute_backward(Tensor grad, Tensor y, Tensor rows, Tensor weights) -> (Tensor, Tensor)");
+  // 12 bits a value; `words` is int32, and `cols` tells how many codes of a row's last three words count.
+  library.def("pack_e5m6(Tensor x, bool pow2=True, float eps=0.0, bool per_row=False) -> (Tensor, Tensor)");
+  library.def(
+      "unpack_e5m6(Tensor words, Tensor scale, SymInt cols, bool per_row=False, ScalarType dtype=bfloat16) -> Tensor");
+  library.def(
+      "requantize_e5m6(Tensor words, Tensor scale, SymInt cols, bool per_row=False, bool pow2=True) -> "
+      "(Tensor, Tensor)");
+  // A step of AdamW, in place. Of a parameter `masters` has none or one, `fp8` none or four: data, scale, both turned.
+  library.def(
+      "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs, "
+      "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] fp8, int[] indices, int step, float lr, float[2] betas, float eps, "
+      "float weight_decay, bool stochastic_rounding=False, int seed=0) -> ()");
   // The same on a CUDA device that is not sm_90, arguments checked already: the ops above hand over to these.
   library.def(
       "_gemm_triton(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, int[2] b_block, ScalarType out_dtype, "

@@ -18,15 +18,16 @@ NAN_CODE = 0x7F
 _CHUNK = 1 << 19
 
 
-# A tensor, because torch computes `number / tensor` as reciprocal and product, which rounds twice.
-_E4M3_MAX = torch.tensor(E4M3_MAX)
+def scale_and_multiplier(floored: Tensor, pow2: bool, largest: float = E4M3_MAX) -> tuple[Tensor, Tensor]:
+    """The scale that dequantises a block and the multiplier that quantises it, from its floored amax (FP32).
 
-
-def scale_and_multiplier(floored: Tensor, pow2: bool) -> tuple[Tensor, Tensor]:
-    """The scale that dequantises a block and the multiplier that quantises it, from its floored amax (FP32)."""
-    scale = floored / _E4M3_MAX
+    ``largest`` is the largest finite value of the codes' type.
+    """
+    # A tensor, because torch computes `number / tensor` as reciprocal and product, which rounds twice.
+    most = torch.tensor(largest)
+    scale = floored / most
     if not pow2:
-        return scale, _E4M3_MAX / floored
+        return scale, most / floored
     # Round up to a power of two: the carry out of a non-zero mantissa increments the exponent field.
     exponent = (scale.view(torch.int32) + 0x7FFFFF) >> 23
     return (exponent << 23).view(torch.float32), ((254 - exponent) << 23).view(torch.float32)

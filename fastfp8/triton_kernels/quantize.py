@@ -24,18 +24,18 @@ def finite_magnitude(values):
 
 
 @triton.jit
-def scale_and_multiplier(amax, floor, POW2: tl.constexpr):
-    """The scales that dequantise blocks and the multipliers that quantise them."""
+def scale_and_multiplier(amax, floor, POW2: tl.constexpr, LARGEST: tl.constexpr = 448.0):
+    """The scales that dequantise blocks and the multipliers that quantise them. ``LARGEST`` is that of their codes."""
     # div_rn, because Triton compiles `/` to div.full, which is off by an ulp or two.
     floored = tl.maximum(amax, floor)
-    scale = tl.div_rn(floored, 448.0)
+    scale = tl.div_rn(floored, LARGEST)
     if POW2:
         # Round up to a power of two: the carry out of a non-zero mantissa increments the exponent field.
         exponent = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23
         scale = (exponent << 23).to(tl.float32, bitcast=True)
         multiplier = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     else:
-        multiplier = tl.div_rn(448.0, floored)
+        multiplier = tl.div_rn(LARGEST, floored)
     return tl.where(amax == 0, 1.0, scale), tl.where(amax == 0, 1.0, multiplier)
 
 

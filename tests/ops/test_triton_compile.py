@@ -15,8 +15,11 @@ triton = pytest.importorskip("triton")
 from recorder import CompiledKernel, Recorder  # noqa: E402
 
 from fastfp8.layout import empty_scale, scale_shape, scale_shape_of  # noqa: E402
+from fastfp8.reference.adamw import factors  # noqa: E402
 from fastfp8.triton_kernels import (  # noqa: E402
+    adamw,
     dequantize,
+    e5m6,
     gemm,
     gemm_swiglu_quantize,
     grouped_gemm,
@@ -73,6 +76,18 @@ def compile_wgrad(monkeypatch: pytest.MonkeyPatch, n: int, accumulate: bool, cap
         operands += [data, empty_scale(data, scale_shape(rows, 512, (1, 128)), (1, 128))]
     words = [torch.zeros(n, dtype=torch.int32) for n in (4, 1)]
     grouped_wgrad.grouped_wgrad(*operands, *words, torch.zeros(4, n, 256), accumulate)
+    return recorder.compile(capability)
+
+
+def compile_adamw(monkeypatch: pytest.MonkeyPatch, fp8: bool, stochastic: bool, capability: int) -> CompiledKernel:
+    """Of a bfloat16 parameter with a float32 gradient, all of it aligned."""
+    recorder = record(monkeypatch, adamw, "adamw_kernel")
+    monkeypatch.setattr(adamw, "require_fp8", lambda op, device: divmod(capability, 10))
+    wide, moment = torch.zeros(256, 512), torch.zeros(256, 512, dtype=torch.bfloat16)
+    data, scale = torch.zeros(256, 512, dtype=torch.float8_e4m3fn), torch.zeros(2, 4)
+    lists = ([moment], [wide], [wide], [moment], [moment], [data, scale, data.t().contiguous(), scale.t().contiguous()])
+    f = factors(1, 1e-3, (0.9, 0.95), 1e-8, 0.1)
+    adamw.adamw(*lists[:5], lists[5] if fp8 else [], [0], 1, f, stochastic, 0)
     return recorder.compile(capability)
 
 
@@ -262,6 +277,41 @@ def check_swiglu(kernel: CompiledKernel) -> None:
     ops = opcodes(kernel)
     assert {op for op in ops if op.startswith("div.") and ".f" in op} == {"div.rn.f32"}
     assert float_arithmetic(kernel) == {"fma.rn.f32", "mul.rn.f32", "add.rn.f32"}
+
+
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
+def test_adamw(monkeypatch: pytest.MonkeyPatch, fp8: bool, stochastic: bool, capability: int) -> None:
+    """Every rounding is one of the contract; what many elements share is loaded and stored in the widest form."""
+    kernel = compile_adamw(monkeypatch, fp8, stochastic, capability)
+    check_common(kernel, capability)
+    ops = opcodes(kernel)
+    assert float_arithmetic(kernel) <= {"mul.rn.f32", "mul.f32", "add.rn.f32", "add.f32", "sub.rn.f32", "sub.f32"}
+    assert {op for op in ops if op.startswith(("sqrt", "div.")) and ".f" in op} == {"sqrt.rn.f32", "div.rn.f32"}
+    # Of the table 64 bits at a time, of the list of tiles too; scales one by one.
+    table = {"ld.global.b64", "st.global.b32"} if fp8 else {"ld.global.b64"}
+    wide = {"ld.global.v4.b32", "st.global.v4.b32"}
+    assert {op for op in ops if op.startswith(("ld.global", "st.global"))} == table | wide
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("per_row", [False, True], ids=["1x128", "per row"])
+def test_e5m6(monkeypatch: pytest.MonkeyPatch, per_row: bool, capability: int) -> None:
+    monkeypatch.setattr(e5m6, "require_fp8", lambda op, device: divmod(capability, 10))
+    words, scale = torch.zeros(256, 192, dtype=torch.int32), empty_scale(torch.zeros(0), (256, 4), (1, 128))
+    scale = scale[:, :1] if per_row else scale
+    calls = {
+        "pack_e5m6": (torch.zeros(256, 512, dtype=torch.bfloat16), False, 0.0, per_row),
+        "unpack_e5m6": (words, scale, 512, per_row, torch.bfloat16),
+        "requantize_e5m6": (words, scale, 512, per_row, False),
+    }
+    for op, args in calls.items():
+        recorder = record(monkeypatch, e5m6, f"{op}_kernel")
+        getattr(e5m6, op)(*args)
+        kernel = recorder.compile(capability)
+        check_common(kernel, capability)
+        assert {o for o in opcodes(kernel) if o.startswith("div.") and ".f" in o} <= {"div.rn.f32"}
+        assert not [o for o in opcodes(kernel) if o.startswith("fma")]
 
 
 def float_arithmetic(kernel: CompiledKernel) -> set[str]:

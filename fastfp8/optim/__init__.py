@@ -1,0 +1,5 @@
+"""Optimizers composed of fastfp8 ops."""
+
+from .adamw import AdamW
+
+__all__ = ["AdamW"]
