@@ -6,7 +6,8 @@ import functools
 from typing import Any
 
 import torch
-from backends import Backend, Emulator, Reference, TritonInterpreter, _aligned, _on_gpu, assert_same_bits
+from backends import Backend, Emulator, Reference, TritonInterpreter, assert_same_bits
+from placement import aligned, on_gpu
 from torch import Tensor
 
 from fastfp8 import ScaledTensor
@@ -32,13 +33,13 @@ def _run(b: Backend, name: str, *args: Any) -> tuple[Tensor, ...]:
         return overload(*(None if arg is _WORD else arg for arg in args))
     if not isinstance(b, (TritonInterpreter, Emulator)):
         word = error_word(torch.device("cuda", torch.cuda.current_device()))
-        args = tuple(_on_gpu(arg) if isinstance(arg, Tensor) else word if arg is _WORD else arg for arg in args)
+        args = tuple(on_gpu(arg) if isinstance(arg, Tensor) else word if arg is _WORD else arg for arg in args)
         found = overload(*args)
         return tuple(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t) for t in found)
     from fastfp8.triton_kernels import quantize_both, requantize_transpose
 
     module = {"quantize_both": quantize_both, "requantize_transpose": requantize_transpose}[module_name]
-    args = tuple(b.error if arg is _WORD else _aligned(arg) if isinstance(arg, Tensor) else arg for arg in args)
+    args = tuple(b.error if arg is _WORD else aligned(arg) if isinstance(arg, Tensor) else arg for arg in args)
     host = functools.partial(getattr(module, name), *args)
     if isinstance(b, Emulator):
         return b._run_triton(module, f"{module_name}_kernel", host)
