@@ -99,7 +99,8 @@ def check(a: ScaledTensor, b: ScaledTensor, out_dtype: torch.dtype, c: Tensor | 
     out = memory[GUARD : GUARD + m * n].view(m, n).fill_(NAN)
     read = (a.data, a.scale, b.data, b.scale, c)
     before = everything_of(*read)
-    on.gemm_into(out, a, b, c)
+    counters = on.gemm_into(out, a, b, c)
+    assert counters.shared_bank_conflicts == 0
     assert_same_bits(out, model(a, b, out_dtype, c), f"{(m, n, a.shape[1])}")
     assert (memory[:GUARD] == GUARD_VALUE).all()
     assert (memory[GUARD + m * n :] == GUARD_VALUE).all()

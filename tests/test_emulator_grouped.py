@@ -50,7 +50,8 @@ def launch(
     if tile is not None:
         config = next(found for found, _ in _C.gemm_candidates(problem) if found.name == tile)
     tensors = {"a": a.data, "a_scale": a.scale, "b": data, "b_scale": scale, "ends": ends, "error": error, "out": out}
-    run_plan(_C.gemm_plan(problem, config), tensors, Machine(seed))
+    counters = run_plan(_C.gemm_plan(problem, config), tensors, Machine(seed))
+    assert counters.shared_bank_conflicts == 0
     return int(error)
 
 

@@ -111,7 +111,8 @@ def launched(launch: _C.LaunchPlan, tensors: dict[str, Tensor | None], got: Outp
 
     word = torch.zeros(1, dtype=torch.int32)
     written = {name: output.tensor for name, output in got._asdict().items()}
-    run_plan(launch, {**tensors, **written, "error": word}, Machine(seed), ptx)
+    counters = run_plan(launch, {**tensors, **written, "error": word}, Machine(seed), ptx)
+    assert counters.shared_bank_conflicts == 0
     return int(word)
 
 

@@ -50,7 +50,8 @@ def launch(
         chosen = next(found for found, _ in _C.gemm_candidates(problem) if found.name == config)
     tensors = {"a": left.data, "a_scale": left.scale, "b": right.data, "b_scale": right.scale}
     tensors |= {"ends": offsets, "error": error, "out": out}
-    run_plan(_C.gemm_plan(problem, chosen), tensors, Machine(seed))
+    counters = run_plan(_C.gemm_plan(problem, chosen), tensors, Machine(seed))
+    assert counters.shared_bank_conflicts == 0
     return int(error)
 
 
