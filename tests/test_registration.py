@@ -441,7 +441,12 @@ class TestAutograd:
         if op in of_groups:
             scale = of_groups[op][1].detach().requires_grad_()
         swiglu = gemm_swiglu_args(5, (256, 304))
+        packed = fastfp8.pack_e5m6(randn(5, 304))
+        packed_scale = packed.scale.detach().requires_grad_()
         leaf, out = {
+            "pack_e5m6": lambda: (x, OPS.pack_e5m6(x)[1]),
+            "unpack_e5m6": lambda: (packed_scale, OPS.unpack_e5m6(packed.words, packed_scale, 304)),
+            "requantize_e5m6": lambda: (packed_scale, OPS.requantize_e5m6(packed.words, packed_scale, 304)[1]),
             "swiglu_quantize": lambda: (wide, OPS.swiglu_quantize(wide)[1]),
             "gemm_swiglu_quantize": lambda: (scale, OPS.gemm_swiglu_quantize(swiglu[0], scale, *swiglu[2:])[1]),
             "quantize": lambda: (x, OPS.quantize(x)[1]),

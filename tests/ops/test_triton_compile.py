@@ -279,6 +279,7 @@ def check_swiglu(kernel: CompiledKernel) -> None:
     assert float_arithmetic(kernel) == {"fma.rn.f32", "mul.rn.f32", "add.rn.f32"}
 
 
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
 def test_adamw(monkeypatch: pytest.MonkeyPatch, fp8: bool, stochastic: bool, capability: int) -> None:
