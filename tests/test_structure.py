@@ -56,7 +56,10 @@ MAY_INCLUDE = {
     "gemm": {"gemm", "common"},
     "gemm/kernels": {"gemm/kernels", "gemm", "common", "ptx"},
     "gemm/instantiations": {"gemm/kernels"},
-    "bindings": {"bindings", "common", "gemm"},
+    "comm": {"comm", "common"},
+    "comm/kernels": {"comm/kernels", "comm", "common", "ptx"},
+    "comm/instantiations": {"comm/kernels"},
+    "bindings": {"bindings", "common", "gemm", "comm"},
 }
 
 

@@ -8,6 +8,7 @@
 #include "../common/driver.h"
 #include "../gemm/plan.h"
 #include "backend.h"
+#include "comm_module.h"
 
 namespace py = pybind11;
 
@@ -27,6 +28,15 @@ py::object optional_dtype(const Optional& type) {
 }
 
 py::object slot_name(const char* slot) { return slot == nullptr ? py::object(py::none()) : py::object(py::str(slot)); }
+
+template <class Argument>
+py::object argument_of(const LaunchPlan& plan, const Argument& argument) {
+  if constexpr (std::is_same_v<Argument, Constants>) {
+    return py::bytes(reinterpret_cast<const char*>(plan.constants.data() + argument.at), argument.size);
+  } else {
+    return py::cast(argument);
+  }
+}
 
 void bind_plan(py::module_& module) {
   py::class_<TensorSlot>(module, "TensorSlot", "The address of the tensor bound to `slot`; null where slot is None.")
@@ -59,7 +69,8 @@ void bind_plan(py::module_& module) {
                              [](const LaunchPlan& self) {
                                py::list list;
                                for (int i = 0; i < self.argument_count; ++i)
-                                 std::visit([&](const auto& argument) { list.append(argument); }, self.arguments[i]);
+                                 std::visit([&](const auto& argument) { list.append(argument_of(self, argument)); },
+                                            self.arguments[i]);
                                return list;
                              })
       .def("__repr__", [](py::object self) {
@@ -191,6 +202,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("version") = FASTFP8_VERSION;
   bind_plan(module);
   bind_gemm(module);
+  bind_comm(module);
   module.def("driver_version", &driver::version, "CUDA version of the driver as 1000 major + 10 minor, 0 without one.");
   module.def("driver_unusable_reason", &driver::unusable_reason, "'' if our cubins can run with this driver.");
   module.def(

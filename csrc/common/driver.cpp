@@ -201,6 +201,8 @@ void launch(const LaunchPlan& plan, const Binding* bindings, int binding_count, 
       parameter.f = *number;
     } else if (const auto* tensor = std::get_if<TensorSlot>(&argument)) {
       parameter.address = address_of(tensor->slot);
+    } else if (const auto* constants = std::get_if<Constants>(&argument)) {
+      pointers[i] = const_cast<std::byte*>(plan.constants.data() + constants->at);
     } else {
       const auto& slot = std::get<TensorMapSlot>(argument);
       if (slot.slot == nullptr)

@@ -1,8 +1,12 @@
 // A launch as data: driver.cpp executes it on a GPU, the tests' emulator on a CPU.
 #pragma once
 #include <array>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <variant>
+#include <vector>
 
 #include "tensor_map.h"
 
@@ -19,7 +23,12 @@ struct TensorMapSlot {
   TensorMap map;
 };
 
-using LaunchArgument = std::variant<int32_t, float, TensorSlot, TensorMapSlot>;
+// A structure by value: `size` bytes of the plan's constants, from `at` on.
+struct Constants {
+  int at, size;
+};
+
+using LaunchArgument = std::variant<int32_t, float, TensorSlot, TensorMapSlot, Constants>;
 
 struct LaunchPlan {
   static constexpr int kMaxArguments = 24;
@@ -31,8 +40,18 @@ struct LaunchPlan {
   bool overlaps;     // may start while the grid before it in the stream ends: its kernel waits for that one itself
   int argument_count = 0;
   std::array<LaunchArgument, kMaxArguments> arguments;
+  std::vector<std::byte> constants;
 
   void add(const LaunchArgument& argument) { arguments[argument_count++] = argument; }
+
+  template <class Structure>
+  void add_constants(const Structure& structure) {
+    static_assert(std::is_trivially_copyable_v<Structure>);
+    const size_t at = constants.size();
+    add(Constants{static_cast<int>(at), static_cast<int>(sizeof structure)});
+    constants.resize(at + sizeof structure);
+    std::memcpy(constants.data() + at, &structure, sizeof structure);
+  }
 };
 
 }  // namespace fastfp8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastfp8 import _C
@@ -27,7 +27,14 @@ def _tensor_map(slot: _C.TensorMapSlot, buffer: Buffer) -> TensorMap:
     return TensorMap.from_bytes(data, repr(slot))
 
 
-def prepare_plan(plan: _C.LaunchPlan, tensors: Mapping[str, Any], machine: Machine, ptx: str | None = None) -> Launch:
+def prepare_plan(
+    plan: _C.LaunchPlan,
+    tensors: Mapping[str, Any],
+    machine: Machine,
+    ptx: str | None = None,
+    device: int = 0,
+    memory: Iterable[Any] = (),
+) -> Launch:
     """The launch of ``plan`` on CPU tensors from its kernel's PTX, for ``Machine.launch_all``.
 
     As in the driver, a map says what the plan says, not what the tensor is: one that reaches beyond its tensor is an
@@ -38,6 +45,8 @@ def prepare_plan(plan: _C.LaunchPlan, tensors: Mapping[str, Any], machine: Machi
         tensors: a torch CPU tensor for each slot of the plan; others are ignored.
         machine: where it will run.
         ptx: text to run in place of the built module's, for kernels broken on purpose.
+        device: which runs it.
+        memory: further tensors that it may touch, as through addresses in a tensor.
     """
     buffers: dict[str, Buffer] = {}
 
@@ -58,9 +67,15 @@ def prepare_plan(plan: _C.LaunchPlan, tensors: Mapping[str, Any], machine: Machi
             args.append(argument)
     kernels = machine.kernels_of(_parsed(plan.module)) if ptx is None else machine.load(ptx)
     kernel = kernels[plan.kernel]
-    memory = list(buffers.values())
     return kernel.prepare(
-        plan.grid, plan.block, plan.cluster, plan.shared_bytes, args, memory=memory, programmatic=plan.overlaps
+        plan.grid,
+        plan.block,
+        plan.cluster,
+        plan.shared_bytes,
+        args,
+        device,
+        [*buffers.values(), *memory],
+        plan.overlaps,
     )
 
 

@@ -1,8 +1,9 @@
-// SwiGLU and the quantisation of its result: the operations of fastfp8/reference/activation.py and quantize.py in their
-// order. Every one has its rounding in its name, so that nvcc contracts none.
+// SwiGLU: the operations of fastfp8/reference/activation.py in their order. Every one has its rounding in its name, so
+// that nvcc contracts none.
 #pragma once
 #include <cstdint>
 
+#include "../../common/block_scale.cuh"
 #include "../../ptx/warp.cuh"
 
 namespace fastfp8::gemm {
@@ -34,24 +35,6 @@ __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
   gate = gate > limit ? limit : gate;
   up = up > limit ? limit : up < -limit ? -limit : up;
   return __fmul_rn(silu(gate), up);
-}
-
-// What counts for amax: the magnitude, but 0 of an infinity or a NaN.
-__device__ __forceinline__ float finite_magnitude(float x) {
-  return fabsf(x) < __int_as_float(0x7f800000) ? fabsf(x) : 0.0f;
-}
-
-struct BlockScale {
-  float scale, multiplier;  // the one dequantises, the other quantises
-};
-
-__device__ __forceinline__ BlockScale block_scale_of(float amax, float floor, bool pow2) {
-  if (amax == 0.0f) return {1.0f, 1.0f};
-  const float floored = fmaxf(amax, floor), scale = __fdiv_rn(floored, 448.0f);
-  if (!pow2) return {scale, __fdiv_rn(448.0f, floored)};
-  // Round up to a power of two: the carry out of a non-zero mantissa increments the exponent field.
-  const uint32_t exponent = (__float_as_uint(scale) + 0x7fffff) >> 23;
-  return {__uint_as_float(exponent << 23), __uint_as_float((254 - exponent) << 23)};
 }
 
 }  // namespace fastfp8::gemm

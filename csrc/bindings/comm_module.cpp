@@ -1,0 +1,90 @@
+#include "comm_module.h"
+
+#include <pybind11/stl.h>
+
+#include "../comm/plan.h"
+
+namespace py = pybind11;
+
+namespace fastfp8 {
+
+void bind_comm(py::module_& module) {
+  using namespace comm;
+  py::class_<Geometry>(module, "CommGeometry", "Ranks, channels and rings of a comm.Buffer, and what it can carry.")
+      .def(py::init([](int nodes, int gpus, int channels, int experts, int top_k, int hidden, int max_tokens,
+                       int capacity, int link_slots, int rail_slots, int rail_chunk) {
+             const Geometry geometry{nodes,      gpus,     channels,   experts,    top_k,     hidden,
+                                     max_tokens, capacity, link_slots, rail_slots, rail_chunk};
+             check(geometry);
+             return geometry;
+           }),
+           py::kw_only(), py::arg("nodes"), py::arg("gpus"), py::arg("channels"), py::arg("experts"), py::arg("top_k"),
+           py::arg("hidden"), py::arg("max_tokens"), py::arg("capacity"), py::arg("link_slots"), py::arg("rail_slots"),
+           py::arg("rail_chunk"))
+      .def_property_readonly("ranks", &Geometry::ranks)
+      .def_property_readonly("local_experts", &Geometry::local_experts)
+      .def_readonly("nodes", &Geometry::nodes)
+      .def_readonly("gpus", &Geometry::gpus)
+      .def_readonly("hidden", &Geometry::hidden)
+      .def_readonly("top_k", &Geometry::top_k)
+      .def_readonly("capacity", &Geometry::capacity)
+      .def_readonly("max_tokens", &Geometry::max_tokens)
+      .def_property_readonly("scale_pitch", &Geometry::scale_pitch)
+      .def_property_readonly(
+          "window_bytes", [](const Geometry& self) { return WindowLayout::of(self).bytes; },
+          "What a rank lets others read and write; zero at first, and at the same offsets on each.")
+      .def_property_readonly(
+          "state_words", [](const Geometry& self) { return StateLayout::of(self).words; },
+          "32-bit words that a rank keeps from call to call; zero at first.")
+      .def_property_readonly(
+          "routing_words", [](const Geometry& self) { return RoutingLayout::of(self).words; },
+          "32-bit words of a handle.")
+      .def_property_readonly(
+          "weight_at", [](const Geometry& self) { return RoutingLayout::of(self).weight; },
+          "Where in a handle's words the FP32 weights of the rows are.")
+      .def_property_readonly(
+          "status_at", [](const Geometry& self) { return StateLayout::of(self).status; },
+          "Where in the state's words the status is: 6 words as comm_status takes them.");
+
+  const auto call = [](int first_rank, int tokens, int scale_pitch, bool pow2, bool weighted, int timeout_us,
+                       int rail_delay) {
+    return CallOptions{first_rank, tokens, scale_pitch, pow2, weighted, timeout_us, rail_delay};
+  };
+  py::class_<CallOptions>(module, "CommCall", "One call of dispatch or combine.")
+      .def(py::init(call), py::kw_only(), py::arg("first_rank"), py::arg("tokens"), py::arg("scale_pitch") = 0,
+           py::arg("pow2") = false, py::arg("weighted") = true, py::arg("timeout_us") = 100'000'000,
+           py::arg("rail_delay") = 0);
+  module.def(
+      "comm_exchange_plan",
+      [](const Geometry& g, const CallOptions& options, int ranks, int warps) {
+        return plan_exchange(g, options, {ranks, warps});
+      },
+      py::arg("geometry"), py::arg("call"), py::arg("ranks") = 1, py::arg("warps") = 16);
+  module.def(
+      "comm_dispatch_plan",
+      [](const Geometry& g, const CallOptions& options, const std::string& payload, int ranks, int warps) {
+        const Payload kind = payload == "quantize" ? Payload::kQuantize
+                             : payload == "scaled" ? Payload::kScaled
+                                                   : Payload::kPlain;
+        return plan_dispatch(g, options, {ranks, warps}, kind);
+      },
+      py::arg("geometry"), py::arg("call"), py::arg("payload"), py::arg("ranks") = 1, py::arg("warps") = 16);
+  module.def(
+      "comm_combine_plan",
+      [](const Geometry& g, const CallOptions& options, int ranks, int warps) {
+        return plan_combine(g, options, {ranks, warps});
+      },
+      py::arg("geometry"), py::arg("call"), py::arg("ranks") = 1, py::arg("warps") = 16);
+  module.def(
+      "comm_status",
+      [](const std::vector<uint32_t>& words) -> py::object {
+        const auto trouble = static_cast<Trouble>(words.at(0));
+        if (trouble == Trouble::kNone) return py::none();
+        return py::dict(py::arg("trouble") = name_of(trouble), py::arg("channel") = words.at(1),
+                        py::arg("role") = name_of(static_cast<Role>(words.at(2))), py::arg("peer") = words.at(3),
+                        py::arg("head") = words.at(4), py::arg("tail") = words.at(5), py::arg("rows") = words.at(6));
+      },
+      "What a status says, None where all is well.");
+}
+
+}  // namespace fastfp8

@@ -1,0 +1,29 @@
+// From a geometry and a call to launches. Pure host code, no GPU.
+#pragma once
+#include <string>
+
+#include "../common/launch_plan.h"
+#include "layout.h"
+
+namespace fastfp8::comm {
+
+// Warps of a CTA, at most; and of a channel's two CTAs together at least as many as dispatch has roles.
+constexpr int kMostWarps = 16, kFewestWarps = 2;
+
+// Raises std::runtime_error that names the field that cannot be.
+void check(const Geometry& geometry);
+
+// Ranks of a launch: one where each GPU is a rank, several where one GPU stands for all.
+struct LaunchShape {
+  int ranks, warps;  // warps of a CTA
+};
+
+// The slots are those of Tensors (kernels/context.cuh) by name.
+LaunchPlan plan_exchange(const Geometry& geometry, const CallOptions& call, LaunchShape shape);
+LaunchPlan plan_dispatch(const Geometry& geometry, const CallOptions& call, LaunchShape shape, Payload payload);
+LaunchPlan plan_combine(const Geometry& geometry, const CallOptions& call, LaunchShape shape);
+
+std::string name_of(Trouble trouble);
+std::string name_of(Role role);
+
+}  // namespace fastfp8::comm

@@ -1,0 +1,192 @@
+"""Virtual ranks of the all-to-all: the sm_90a kernels on emulated GPUs, from their launch plans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from emulator import Counters, Launch, Machine
+from emulator.plan import prepare_plan
+from torch import Tensor
+
+from fastfp8 import _C, ScaledTensor
+
+NAN_BYTE = 0xFF
+
+
+def geometry(
+    nodes: int,
+    gpus: int,
+    *,
+    experts_each: int = 2,
+    top_k: int = 2,
+    hidden: int = 128,
+    max_tokens: int = 8,
+    capacity: int | None = None,
+    channels: int = 1,
+    link_slots: int = 1,
+    rail_slots: int = 1,
+    rail_chunk: int = 2,
+) -> _C.CommGeometry:
+    """Of the smallest rings, where nothing else is said, so that all of them wrap."""
+    ranks = nodes * gpus
+    return _C.CommGeometry(
+        nodes=nodes,
+        gpus=gpus,
+        channels=channels,
+        experts=ranks * experts_each,
+        top_k=top_k,
+        hidden=hidden,
+        max_tokens=max_tokens,
+        capacity=capacity or ranks * max_tokens * min(top_k, experts_each),
+        link_slots=link_slots,
+        rail_slots=rail_slots,
+        rail_chunk=rail_chunk,
+    )
+
+
+@dataclass
+class Received:
+    """What dispatch left at one rank, and the routing that combine wants."""
+
+    data: Tensor
+    scale: Tensor | None
+    offsets: Tensor
+    routing: Tensor
+    topk_idx: Tensor
+
+    @property
+    def rows(self) -> int:
+        return int(self.offsets[-1])
+
+    def recv(self) -> Tensor | ScaledTensor:
+        if self.scale is None:
+            return self.data[: self.rows]
+        return ScaledTensor(self.data[: self.rows], self.scale[: self.rows], (1, 128))
+
+    def weights(self, geometry: _C.CommGeometry) -> Tensor:
+        return self.routing[geometry.weight_at :][: self.rows].view(torch.float32)
+
+
+@dataclass
+class Ranks:
+    """The ranks of a geometry, each on a GPU of its own of one machine.
+
+    Windows are full of NaNs but for their flags, which are zero at first, as all memory that a rank gives a kernel.
+    """
+
+    geometry: _C.CommGeometry
+    seed: int = 0
+    warps: int = 2
+    timeout_us: int = 20_000
+    ptx: str | None = None
+    windows: list[Tensor] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
+    counters: list[Counters] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        g = self.geometry
+        self.windows = [torch.zeros(g.window_bytes, dtype=torch.uint8) for _ in range(g.ranks)]
+        self.states = [torch.zeros(g.state_words, dtype=torch.int32) for _ in range(g.ranks)]
+        self.addresses = torch.tensor([w.data_ptr() for w in self.windows], dtype=torch.int64)
+        self.machine = Machine(self.seed, g.ranks)
+
+    def call(self, rank: int, tokens: int, **options: Any) -> _C.CommCall:
+        return _C.CommCall(first_rank=rank, tokens=tokens, timeout_us=self.timeout_us, **options)
+
+    def launch(self, plans: Sequence[_C.LaunchPlan], tensors: Sequence[dict[str, Any]]) -> None:
+        launches: list[Launch] = []
+        for rank, (plan, own) in enumerate(zip(plans, tensors, strict=True)):
+            if plan is None:
+                continue
+            bound = {"windows": self.addresses, "state": self.states[rank], **own}
+            launches.append(prepare_plan(plan, bound, self.machine, self.ptx, rank, self.windows))
+        self.counters += self.machine.launch_all(launches)
+
+    def statuses(self) -> list[dict[str, Any] | None]:
+        at = self.geometry.status_at
+        return [_C.comm_status([w & 0xFFFFFFFF for w in s[at : at + 7].tolist()]) for s in self.states]
+
+    def exchange(self, topk_idxs: Sequence[Tensor], without: Sequence[int] = ()) -> list[Received]:
+        g = self.geometry
+        received = []
+        for topk_idx in topk_idxs:
+            received.append(
+                Received(
+                    torch.empty(0),
+                    None,
+                    torch.full((g.local_experts,), -1, dtype=torch.int32),
+                    torch.full((g.routing_words,), 0x7FC0DEAD, dtype=torch.int32),
+                    topk_idx,
+                )
+            )
+        plans = [
+            None if rank in without else _C.comm_exchange_plan(g, self.call(rank, len(r.topk_idx)), warps=self.warps)
+            for rank, r in enumerate(received)
+        ]
+        self.launch(plans, [{"topk_idx": r.topk_idx, "routing": r.routing, "offsets": r.offsets} for r in received])
+        return received
+
+    def send(
+        self,
+        received: Sequence[Received],
+        xs: Sequence[Tensor | ScaledTensor],
+        topk_weights: Sequence[Tensor] | None = None,
+        *,
+        quantize: bool = True,
+        pow2: bool = False,
+        without: Sequence[int] = (),
+    ) -> None:
+        g = self.geometry
+        plans, tensors = [], []
+        for rank, (r, x) in enumerate(zip(received, xs, strict=True)):
+            scaled = isinstance(x, ScaledTensor)
+            payload = "scaled" if scaled else "quantize" if quantize else "plain"
+            own: dict[str, Any] = {"routing": r.routing, "topk_idx": r.topk_idx, "x": x.data if scaled else x}
+            if scaled:
+                own["x_scale"] = x.scale
+            r.data = torch.full(
+                (g.capacity, g.hidden),
+                NAN_BYTE if payload != "plain" else -1,
+                dtype=torch.uint8 if payload != "plain" else torch.int16,
+            )
+            r.data = r.data.view(torch.bfloat16 if payload == "plain" else torch.float8_e4m3fn)
+            own["recv"] = r.data
+            if payload != "plain":
+                blocks = g.hidden // 128
+                r.scale = torch.full((blocks, g.scale_pitch), float("nan")).t()[: g.capacity]
+                own["recv_scale"] = r.scale
+            if topk_weights is not None:
+                own["topk_weights"] = topk_weights[rank]
+            call = self.call(
+                rank,
+                len(r.topk_idx),
+                scale_pitch=x.scale.stride(1) if scaled and x.scale.shape[0] else 0,
+                pow2=pow2,
+                weighted=topk_weights is not None,
+            )
+            plans.append(None if rank in without else _C.comm_dispatch_plan(g, call, payload, warps=self.warps))
+            tensors.append(own)
+        self.launch(plans, tensors)
+
+    def combine(
+        self,
+        received: Sequence[Received],
+        expert_outs: Sequence[Tensor],
+        *,
+        weighted: bool = True,
+        without: Sequence[int] = (),
+    ) -> list[Tensor]:
+        g = self.geometry
+        ys = [torch.full((len(r.topk_idx), g.hidden), float("nan"), dtype=torch.bfloat16) for r in received]
+        plans, tensors = [], []
+        for rank, (r, out) in enumerate(zip(received, expert_outs, strict=True)):
+            padded = torch.full((g.capacity, g.hidden), float("nan"), dtype=torch.bfloat16)
+            padded[: len(out)] = out
+            call = self.call(rank, len(r.topk_idx), weighted=weighted)
+            plans.append(None if rank in without else _C.comm_combine_plan(g, call, warps=self.warps))
+            tensors.append({"routing": r.routing, "topk_idx": r.topk_idx, "expert_out": padded, "y": ys[rank]})
+        self.launch(plans, tensors)
+        return ys
