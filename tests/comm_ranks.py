@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from emulator import Counters, Launch, Machine
 from emulator.plan import prepare_plan
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 from fastfp8 import _C, ScaledTensor
 
 NAN_BYTE = 0xFF
+# Of a call and the ranks of its launch.
+PlanOf = Callable[[_C.CommCall, int], _C.LaunchPlan]
 
 
 def geometry(
@@ -81,6 +84,7 @@ class Ranks:
     seed: int = 0
     warps: int = 2
     timeout_us: int = 20_000
+    rail_delay: int = 0
     ptx: str | None = None
     windows: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
@@ -93,14 +97,22 @@ class Ranks:
         self.addresses = torch.tensor([w.data_ptr() for w in self.windows], dtype=torch.int64)
         self.machine = Machine(self.seed, g.ranks)
 
-    def call(self, rank: int, tokens: int, **options: Any) -> _C.CommCall:
-        return _C.CommCall(first_rank=rank, tokens=tokens, timeout_us=self.timeout_us, **options)
+    def call(self, rank: int, **options: Any) -> _C.CommCall:
+        return _C.CommCall(first_rank=rank, timeout_us=self.timeout_us, rail_delay=self.rail_delay, **options)
 
-    def launch(self, plans: Sequence[_C.LaunchPlan], tensors: Sequence[dict[str, Any]]) -> None:
+    def launch(
+        self,
+        plan_of: PlanOf,
+        calls: Sequence[dict[str, Any]],
+        tensors: Sequence[dict[str, Any]],
+        without: Sequence[int] = (),
+    ) -> None:
+        """A launch for each rank with its call and tensors, all at the same time; ``without`` those of some."""
         launches: list[Launch] = []
-        for rank, (plan, own) in enumerate(zip(plans, tensors, strict=True)):
-            if plan is None:
+        for rank, (call, own) in enumerate(zip(calls, tensors, strict=True)):
+            if rank in without:
                 continue
+            plan = plan_of(self.call(rank, **call), 1)
             bound = {"windows": self.addresses, "state": self.states[rank], **own}
             launches.append(prepare_plan(plan, bound, self.machine, self.ptx, rank, self.windows))
         self.counters += self.machine.launch_all(launches)
@@ -122,11 +134,12 @@ class Ranks:
                     topk_idx,
                 )
             )
-        plans = [
-            None if rank in without else _C.comm_exchange_plan(g, self.call(rank, len(r.topk_idx)), warps=self.warps)
-            for rank, r in enumerate(received)
-        ]
-        self.launch(plans, [{"topk_idx": r.topk_idx, "routing": r.routing, "offsets": r.offsets} for r in received])
+        self.launch(
+            lambda call, ranks: _C.comm_exchange_plan(g, call, ranks, self.warps),
+            [{"tokens": len(r.topk_idx)} for r in received],
+            [{"topk_idx": r.topk_idx, "routing": r.routing, "offsets": r.offsets} for r in received],
+            without,
+        )
         return received
 
     def send(
@@ -140,18 +153,15 @@ class Ranks:
         without: Sequence[int] = (),
     ) -> None:
         g = self.geometry
-        plans, tensors = [], []
+        calls, tensors = [], []
         for rank, (r, x) in enumerate(zip(received, xs, strict=True)):
             scaled = isinstance(x, ScaledTensor)
             payload = "scaled" if scaled else "quantize" if quantize else "plain"
             own: dict[str, Any] = {"routing": r.routing, "topk_idx": r.topk_idx, "x": x.data if scaled else x}
             if scaled:
                 own["x_scale"] = x.scale
-            r.data = torch.full(
-                (g.capacity, g.hidden),
-                NAN_BYTE if payload != "plain" else -1,
-                dtype=torch.uint8 if payload != "plain" else torch.int16,
-            )
+            row_bytes = 2 * g.hidden if payload == "plain" else g.hidden
+            r.data = torch.full((g.capacity, row_bytes), NAN_BYTE, dtype=torch.uint8)
             r.data = r.data.view(torch.bfloat16 if payload == "plain" else torch.float8_e4m3fn)
             own["recv"] = r.data
             if payload != "plain":
@@ -160,16 +170,13 @@ class Ranks:
                 own["recv_scale"] = r.scale
             if topk_weights is not None:
                 own["topk_weights"] = topk_weights[rank]
-            call = self.call(
-                rank,
-                len(r.topk_idx),
-                scale_pitch=x.scale.stride(1) if scaled and x.scale.shape[0] else 0,
-                pow2=pow2,
-                weighted=topk_weights is not None,
-            )
-            plans.append(None if rank in without else _C.comm_dispatch_plan(g, call, payload, warps=self.warps))
+            pitch = x.scale.stride(1) if scaled and len(r.topk_idx) else 0
+            weighted = topk_weights is not None
+            calls.append({"tokens": len(r.topk_idx), "scale_pitch": pitch, "pow2": pow2, "weighted": weighted})
             tensors.append(own)
-        self.launch(plans, tensors)
+        self.launch(
+            lambda call, ranks: _C.comm_dispatch_plan(g, call, payload, ranks, self.warps), calls, tensors, without
+        )
 
     def combine(
         self,
@@ -181,12 +188,46 @@ class Ranks:
     ) -> list[Tensor]:
         g = self.geometry
         ys = [torch.full((len(r.topk_idx), g.hidden), float("nan"), dtype=torch.bfloat16) for r in received]
-        plans, tensors = [], []
+        calls, tensors = [], []
         for rank, (r, out) in enumerate(zip(received, expert_outs, strict=True)):
             padded = torch.full((g.capacity, g.hidden), float("nan"), dtype=torch.bfloat16)
             padded[: len(out)] = out
-            call = self.call(rank, len(r.topk_idx), weighted=weighted)
-            plans.append(None if rank in without else _C.comm_combine_plan(g, call, warps=self.warps))
+            calls.append({"tokens": len(r.topk_idx), "weighted": weighted})
             tensors.append({"routing": r.routing, "topk_idx": r.topk_idx, "expert_out": padded, "y": ys[rank]})
-        self.launch(plans, tensors)
+        self.launch(lambda call, ranks: _C.comm_combine_plan(g, call, ranks, self.warps), calls, tensors, without)
         return ys
+
+
+class Loopback(Ranks):
+    """All ranks in one launch on one GPU, each with CTAs of its own. All have the same number of tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.machine = Machine(self.seed, 1)
+
+    def launch(
+        self,
+        plan_of: PlanOf,
+        calls: Sequence[dict[str, Any]],
+        tensors: Sequence[dict[str, Any]],
+        without: Sequence[int] = (),
+    ) -> None:
+        assert not without
+        assert all(call == calls[0] for call in calls)
+        owns = [{"state": state, **own} for state, own in zip(self.states, tensors, strict=True)]
+        stacked = {slot: torch.stack([memory_of(own[slot]).view(torch.uint8) for own in owns]) for slot in owns[0]}
+        plan = plan_of(self.call(0, **calls[0]), self.geometry.ranks)
+        bound = {"windows": self.addresses, **stacked}
+        self.counters += self.machine.launch_all([prepare_plan(plan, bound, self.machine, self.ptx, 0, self.windows)])
+        for rank, own in enumerate(owns):
+            for slot, tensor in own.items():
+                written = stacked[slot][rank].view(tensor.dtype)
+                by_columns = written.shape != tensor.shape
+                tensor.copy_(written[:, : len(tensor)].t() if by_columns else written)
+
+
+def memory_of(x: Tensor) -> Tensor:
+    """The rows of a tensor behind one another, or its columns where they are what is dense, with their padding."""
+    if x.dim() != 2 or x.stride(1) == 1:
+        return x
+    return F.pad(x.t(), (0, x.stride(1) - x.shape[0]), value=float("nan"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from comm_ranks import Ranks, Received, geometry
+from comm_ranks import Loopback, Ranks, Received, geometry
 from torch import Tensor
 
 from fastfp8 import ScaledTensor, quantize
@@ -231,3 +231,75 @@ def test_an_expert_that_is_none() -> None:
     assert [s["trouble"] for s in ranks.statuses() if s] == ["bad expert"] * 2
     ranks.send(received, case.xs, case.weights)
     assert [r.rows for r in received] == [3, 1], "it counts as unused"
+
+
+def bytes_between(ranks: Ranks, counters: list[Any]) -> Tensor:
+    """[from, to]: what each rank's stores wrote to the window of each."""
+    windows = [w.data_ptr() for w in ranks.windows]
+    return torch.tensor([[c.stored_bytes.get(window, 0) for window in windows] for c in counters])
+
+
+@pytest.mark.parametrize("topology", [(1, 3), (2, 2), (3, 2)], ids=lambda t: f"{t[0]}x{t[1]}")
+def test_bytes_on_the_links(topology: tuple[int, int]) -> None:
+    """What travels is the routing's minimum, what says where it goes, and flags: at hidden 7168 at most 3 % over."""
+    g = geometry(*topology, top_k=4, hidden=7168, experts_each=4, max_tokens=6)
+    case = Case.random(g, 14, tokens=[6, 5, 4, 3, 2, 1][: g.ranks])
+    ranks = Ranks(g, seed=14)
+    received = ranks.exchange(case.idx)
+    check_dispatch(ranks, received, case)
+    dispatched = bytes_between(ranks, ranks.counters[-g.ranks :])
+    ranks.combine(received, [torch.zeros(r.rows, g.hidden, dtype=torch.bfloat16) for r in received])
+    combined = bytes_between(ranks, ranks.counters[-g.ranks :])
+    copies = oracle.copies(case.idx, num_experts=g.ranks * g.local_experts, ranks_per_node=g.gpus)
+    minimum = copies.nvlink + copies.ib
+    for moved, tokens, quantized in ((dispatched, minimum, True), (combined, minimum.T, False)):
+        apart = ~torch.eye(g.ranks, dtype=torch.bool)
+        least = (tokens * oracle.token_bytes(g.hidden, quantized))[apart]
+        most = 1.03 * least + 4 * 2 * minimum.sum()  # flags go either way
+        assert (moved[apart] >= least).all()
+        assert (moved[apart] <= most).all()
+        assert least.sum() > 0
+
+
+@pytest.mark.parametrize("payload", ["quantize", "plain", "scaled"])
+def test_ranks_of_one_gpu(payload: str) -> None:
+    """Virtual ranks in one launch; messages between nodes sleep on their way."""
+    g = geometry(2, 2, max_tokens=6, rail_slots=2)
+    case = Case.random(g, 15, tokens=[6] * 4)
+    if payload == "scaled":
+        case.xs = [quantize(x, (1, 128)) for x in case.xs]
+    ranks = Loopback(g, seed=15, rail_delay=200)
+    received = ranks.exchange(case.idx)
+    check_dispatch(ranks, received, case, **({"quantize": False} if payload == "plain" else {}))
+    if payload == "quantize":
+        check_combine(ranks, received, case, 15)
+    assert ranks.statuses() == [None] * g.ranks
+
+
+@pytest.mark.parametrize("when", ["exchange", "dispatch", "combine"])
+def test_a_rank_that_does_not_come(when: str) -> None:
+    """The others end, and say who was waited for; ranks that need nothing of it are not disturbed."""
+    g = geometry(2, 2, max_tokens=4)
+    case = Case.random(g, 16, tokens=[4] * 4, idx=[torch.full((4, 2), 2 * r, dtype=torch.int32) for r in (3, 3, 2, 0)])
+    case.idx[2][:, 1] = 6
+    ranks = Ranks(g, seed=16)
+
+    def absent(stage: str) -> list[int]:
+        ranks.timeout_us = 200 if when == stage else 20_000
+        return [3] if when == stage else []
+
+    received = ranks.exchange(case.idx, absent("exchange"))
+    if when != "exchange":
+        ranks.send(received, case.xs, case.weights, without=absent("dispatch"))
+    if when == "combine":
+        outs = [torch.zeros(r.rows, g.hidden, dtype=torch.bfloat16) for r in received]
+        ranks.combine(received, outs, without=absent("combine"))
+    found = ranks.statuses()
+    assert found[3] is None
+    told = [s for s in found if s is not None]
+    assert told
+    for status in told:
+        assert status["trouble"] == "timeout"
+    roles = {"exchange": {"exchange"}, "dispatch": {"rail send", "rail forward", "link send", "link receive"}}
+    assert {s["role"] for s in told} <= roles.get(when, {"rail forward", "link receive"})
+    assert 3 in {s["peer"] for s in told}

@@ -34,6 +34,7 @@ class Counters(SimpleNamespace):
         global_sectors: of 32 bytes, that loads, stores and atomics of warps touched.
         shared_bank_conflicts: passes over the 32 banks beyond the first.
         warp_stalls: instructions that could not go on at once.
+        stored_bytes: that store instructions wrote, by the address of the buffer, as a dict.
     """
 
 

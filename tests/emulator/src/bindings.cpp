@@ -28,6 +28,7 @@ py::dict counters_of(const Grid& grid) {
   all["global_sectors"] = c.global_sectors;
   all["shared_bank_conflicts"] = c.shared_bank_conflicts;
   all["warp_stalls"] = c.warp_stalls;
+  all["stored_bytes"] = c.stored_bytes;
   return all;
 }
 

@@ -176,10 +176,14 @@ uint64_t thread_key(uint32_t cta, uint32_t thread) { return static_cast<uint64_t
 
 }  // namespace
 
+const MemoryRange* GlobalMemory::nearest(uint64_t address) const {
+  const auto after = std::upper_bound(ranges.begin(), ranges.end(), address,
+                                      [](uint64_t a, const MemoryRange& range) { return a < range.address; });
+  return after == ranges.begin() ? nullptr : &*std::prev(after);
+}
+
 uint8_t* GlobalMemory::find(uint64_t address, uint64_t bytes, bool write, const Who& who) const {
-  auto after = std::upper_bound(ranges.begin(), ranges.end(), address,
-                                [](uint64_t a, const MemoryRange& range) { return a < range.address; });
-  const MemoryRange* nearest = after == ranges.begin() ? nullptr : &*std::prev(after);
+  const MemoryRange* const nearest = this->nearest(address);
   if (nearest != nullptr && bytes <= nearest->bytes && address - nearest->address <= nearest->bytes - bytes &&
       (!write || nearest->writable))
     return reinterpret_cast<uint8_t*>(address);
@@ -263,6 +267,7 @@ void global_store(Context& c, int lane, uint64_t address, const void* in, uint32
   const uint64_t granule = address / kGranule, begin = address % kGranule;
   const uint16_t mask = byte_mask(address, bytes);
   PendingStores& stores = c.cta.stores;
+  c.grid.counters.stored_bytes[c.machine.memory.nearest(address)->address] += bytes;
   if (order.release) release(c, 1u << lane, order.scope);
   PendingStores::Entry entry{{}, mask, thread_of(c, lane), 0};
   std::memcpy(entry.bytes + begin, in, bytes);

@@ -37,6 +37,7 @@ struct Machine;
 struct Counters {
   uint64_t instructions = 0, thread_instructions = 0, wgmma_flops = 0, tma_bytes = 0, global_sectors = 0;
   uint64_t shared_bank_conflicts = 0, warp_stalls = 0;
+  std::map<uint64_t, uint64_t> stored_bytes;  // by the address of the range
 };
 
 // What one instruction does to the lanes of `mask`. The lanes of `group` are at this instruction; those of `mask` pass
