@@ -68,6 +68,9 @@ struct Exchange {
   }
   __device__ int64_t mail_flag(int node) const { return layout.mail_flags + 4 * (parity() * c.g.nodes + node); }
 
+  // How often this exchange's half of the mail has been filled after it: flags of rails count fills.
+  __device__ uint32_t mails() const { return (epoch + 1) / 2 & ((1u << kTurnBits) - 1); }
+
   // Word i of what this source tells `rank`. The counts of a channel's experts are those before it by now.
   __device__ uint32_t word_for(int rank, int i, const uint32_t* totals) const {
     const int local = c.g.local_experts();
@@ -94,14 +97,14 @@ struct Exchange {
                                 : c.table(tables.rail_out)[(i - c.g.gpus * each) * c.g.nodes + node];
     }
     network.put(c.rank_of(node, c.gpu), mail_at(c.node), stage, int64_t{4} * c.g.mail_words(), mail_flag(c.node),
-                epoch);
+                mails());
   }
 
   // The counts of this rank's fellow in `node`, handed on to the ranks here.
   template <class Rail>
   __device__ bool hand_on(int node, const Rail& network) {
-    const auto there = [&] { return network.poll(mail_flag(node)) == epoch; };
-    if (!wait_in_all_lanes(c, Role::kExchange, c.rank_of(node, c.gpu), epoch, there)) return false;
+    const auto there = [&] { return network.poll(mail_flag(node)) == mails(); };
+    if (!wait_in_all_lanes(c, Role::kExchange, c.rank_of(node, c.gpu), epoch - 1, there)) return false;
     const uint32_t* const words = reinterpret_cast<const uint32_t*>(c.window(c.rank) + mail_at(node));
     const int each = c.g.count_words(), source = c.rank_of(node, c.gpu);
     for (int gpu = 0; gpu < c.g.gpus; ++gpu) {
@@ -122,7 +125,7 @@ struct Exchange {
   __device__ bool receive(int source) {
     const uint32_t* const flag = reinterpret_cast<const uint32_t*>(c.window(c.rank) + counts_flag(source));
     const auto there = [&] { return ptx::load_acquire_sys(flag) == epoch; };
-    if (!wait_in_all_lanes(c, Role::kExchange, source, epoch, there)) return false;
+    if (!wait_in_all_lanes(c, Role::kExchange, source, epoch - 1, there)) return false;
     const uint32_t* const words = reinterpret_cast<const uint32_t*>(c.window(c.rank) + counts_at(source));
     const int local = c.g.local_experts();
     for (int i = c.lane; i < local; i += 32) c.table(tables.row_base)[source * local + i] = words[i];

@@ -1,4 +1,7 @@
 // The transport between nodes: what a rail can do. Links need none, their windows are memory.
+//
+// A rail's flags count how often what they stand for has been filled or consumed, modulo 2^kTurnBits: each put or
+// signal adds 1. So a network may count signals where memory takes the value.
 #pragma once
 #include "context.cuh"
 
