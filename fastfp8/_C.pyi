@@ -196,6 +196,8 @@ class CommCall:
         scale_pitch: int = 0,
         pow2: bool = False,
         weighted: bool = True,
+        sums: bool = True,
+        values: bool = False,
         timeout_us: int = 100_000_000,
         rail_delay: int = 0,
     ) -> None: ...

@@ -188,14 +188,38 @@ class Ranks:
     ) -> list[Tensor]:
         g = self.geometry
         ys = [torch.full((len(r.topk_idx), g.hidden), float("nan"), dtype=torch.bfloat16) for r in received]
-        calls, tensors = [], []
-        for rank, (r, out) in enumerate(zip(received, expert_outs, strict=True)):
-            padded = torch.full((g.capacity, g.hidden), float("nan"), dtype=torch.bfloat16)
-            padded[: len(out)] = out
-            calls.append({"tokens": len(r.topk_idx), "weighted": weighted})
-            tensors.append({"routing": r.routing, "topk_idx": r.topk_idx, "expert_out": padded, "y": ys[rank]})
-        self.launch(lambda call, ranks: _C.comm_combine_plan(g, call, ranks, self.warps), calls, tensors, without)
+        padded = [behind(out, g.capacity) for out in expert_outs]
+        tensors = [{"expert_out": out, "y": y} for out, y in zip(padded, ys, strict=True)]
+        self._bring_back(received, {"weighted": weighted}, tensors, without)
         return ys
+
+    def bring_back(self, received: Sequence[Received], row_values: Sequence[Tensor]) -> list[Tensor]:
+        """For each slot the value of its row."""
+        g = self.geometry
+        values = [torch.full((len(r.topk_idx), g.top_k), float("nan")) for r in received]
+        padded = [behind(of_rows, g.capacity) for of_rows in row_values]
+        tensors = [{"row_values": of_rows, "values": out} for of_rows, out in zip(padded, values, strict=True)]
+        self._bring_back(received, {"sums": False, "values": True}, tensors)
+        return values
+
+    def _bring_back(
+        self,
+        received: Sequence[Received],
+        options: dict[str, bool],
+        tensors: Sequence[dict[str, Any]],
+        without: Sequence[int] = (),
+    ) -> None:
+        self.launch(
+            lambda call, ranks: _C.comm_combine_plan(self.geometry, call, ranks, self.warps),
+            [{"tokens": len(r.topk_idx), **options} for r in received],
+            [{"routing": r.routing, "topk_idx": r.topk_idx, **own} for r, own in zip(received, tensors, strict=True)],
+            without,
+        )
+
+
+def behind(rows: Tensor, capacity: int) -> Tensor:
+    """The rows with NaNs up to the capacity."""
+    return torch.cat([rows, rows.new_full((capacity - len(rows), *rows.shape[1:]), float("nan"))])
 
 
 class Loopback(Ranks):

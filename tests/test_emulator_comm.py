@@ -197,6 +197,25 @@ def test_replay_of_handles() -> None:
     assert ranks.statuses() == [None] * g.ranks
 
 
+@pytest.mark.parametrize("topology", [(1, 3), (2, 2)], ids=lambda t: f"{t[0]}x{t[1]}")
+def test_values_come_back(topology: tuple[int, int]) -> None:
+    """What the gradient of the weights needs: each slot gets its row's value, 0 where it has none."""
+    g = geometry(*topology, top_k=5, max_tokens=5)
+    case = Case.random(g, 10)
+    ranks = Ranks(g, seed=10)
+    received = ranks.exchange(case.idx)
+    want = check_dispatch(ranks, received, case)
+    of_rows = [torch.randn(len(w.recv_weights)) for w in want]
+    values = ranks.bring_back(received, of_rows)
+    expected = [torch.zeros(idx.shape) for idx in case.idx]
+    for w, own in zip(want, of_rows, strict=True):
+        for row, (source, token, slot) in enumerate(zip(*w.placement[:3], strict=True)):
+            expected[source][token, slot] = own[row]
+    for got, of_slots in zip(values, expected, strict=True):
+        assert torch.equal(got, of_slots)
+    check_combine(ranks, received, case, 10)
+
+
 def test_without_weights() -> None:
     g = geometry(1, 2)
     case = Case.random(g, 11)

@@ -46,14 +46,14 @@ void bind_comm(py::module_& module) {
           "status_at", [](const Geometry& self) { return StateLayout::of(self).status; },
           "Where in the state's words the status is: 6 words as comm_status takes them.");
 
-  const auto call = [](int first_rank, int tokens, int scale_pitch, bool pow2, bool weighted, int timeout_us,
-                       int rail_delay) {
-    return CallOptions{first_rank, tokens, scale_pitch, pow2, weighted, timeout_us, rail_delay};
+  const auto call = [](int first_rank, int tokens, int scale_pitch, bool pow2, bool weighted, bool sums, bool values,
+                       int timeout_us, int rail_delay) {
+    return CallOptions{first_rank, tokens, scale_pitch, pow2, weighted, sums, values, timeout_us, rail_delay};
   };
   py::class_<CallOptions>(module, "CommCall", "One call of dispatch or combine.")
       .def(py::init(call), py::kw_only(), py::arg("first_rank"), py::arg("tokens"), py::arg("scale_pitch") = 0,
-           py::arg("pow2") = false, py::arg("weighted") = true, py::arg("timeout_us") = 100'000'000,
-           py::arg("rail_delay") = 0);
+           py::arg("pow2") = false, py::arg("weighted") = true, py::arg("sums") = true, py::arg("values") = false,
+           py::arg("timeout_us") = 100'000'000, py::arg("rail_delay") = 0);
   module.def(
       "comm_exchange_plan",
       [](const Geometry& g, const CallOptions& options, int ranks, int warps) {

@@ -43,7 +43,8 @@ struct Geometry {
   constexpr int header_bytes() const { return 16 * top_k; }                // a Slot each
   constexpr int row_bytes() const { return 2 * hidden; }                   // BF16; e4m3 and scales are less
   constexpr int record_bytes() const { return header_bytes() + row_bytes(); }
-  constexpr int scale_pitch() const { return (capacity + 3) / 4 * 4; }  // of recv: floats from block to block
+  constexpr int values_bytes() const { return (4 * top_k + 15) / 16 * 16; }  // a float for each slot
+  constexpr int scale_pitch() const { return (capacity + 3) / 4 * 4; }       // of recv: floats from block to block
   // Words of the message by which a source tells a rank what it will send: rows for each of its experts, records in
   // each channel.
   constexpr int count_words() const { return local_experts() + channels; }
@@ -73,7 +74,7 @@ struct RingShape {
   int64_t slot_bytes;
 
   static constexpr RingShape of(const Geometry& g, RingKind kind) {
-    const int64_t record = is_dispatch(kind) ? g.record_bytes() : g.row_bytes();
+    const int64_t record = is_dispatch(kind) ? g.record_bytes() : g.row_bytes() + g.values_bytes();
     if (is_link(kind)) return {g.channels * g.ranks(), g.link_slots, record};
     return {g.channels * g.nodes, g.rail_slots, g.rail_chunk * record};
   }
@@ -185,6 +186,7 @@ struct RoutingLayout {
   int row_base;   // [ranks][local experts]: the first row of a source for an expert
   int first_row;  // [C][ranks][t]: of a record
   int next_row;   // [capacity]: of the same record, -1 for none
+  int slot;       // [capacity]: of its token, that it is of
   int weight;     // [capacity], FP32
   int words;
 
@@ -211,6 +213,7 @@ struct RoutingLayout {
     layout.row_base = take(g.experts);
     layout.first_row = take(tokens * g.ranks());
     layout.next_row = take(g.capacity);
+    layout.slot = take(g.capacity);
     layout.weight = take(g.capacity);
     layout.words = at;
     return layout;
@@ -219,13 +222,14 @@ struct RoutingLayout {
 
 // Of one call.
 struct CallOptions {
-  int first_rank;   // of the launch: CTAs of blockIdx.y = i are those of rank first_rank + i
-  int tokens;       // of each rank of the launch
-  int scale_pitch;  // kScaled: floats from block to block of x's scales
-  int pow2;         // kQuantize: scales are powers of two
-  int weighted;     // dispatch sends topk_weights, else ones; combine multiplies by what came
-  int timeout_us;   // a wait longer than this is a Timeout
-  int rail_delay;   // loopback: messages between nodes sleep up to so many nanoseconds
+  int first_rank;    // of the launch: CTAs of blockIdx.y = i are those of rank first_rank + i
+  int tokens;        // of each rank of the launch
+  int scale_pitch;   // kScaled: floats from block to block of x's scales
+  int pow2;          // kQuantize: scales are powers of two
+  int weighted;      // dispatch sends topk_weights, else ones; combine multiplies by what came
+  int sums, values;  // what combine brings back: the sums of rows, and for each slot the value of its row
+  int timeout_us;    // a wait longer than this is a Timeout
+  int rail_delay;    // loopback: messages between nodes sleep up to so many nanoseconds
 };
 
 // What a kernel is given besides addresses, by value: it stays in constant memory.

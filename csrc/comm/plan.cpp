@@ -26,7 +26,7 @@ LaunchPlan plan(const char* kernel, const Geometry& g, const CallOptions& call, 
   plan.shared_bytes = shared_bytes;
   plan.add_constants(Setup::of(g, call));
   for (const char* slot : {"windows", "state", "routing", "topk_idx", "topk_weights", "x", "x_scale", "recv",
-                           "recv_scale", "offsets", "expert_out", "y"}) {
+                           "recv_scale", "offsets", "expert_out", "y", "row_values", "values"}) {
     const bool touched = std::find(tensors.begin(), tensors.end(), slot) != tensors.end();
     plan.add(TensorSlot{touched ? slot : nullptr});
   }
@@ -81,7 +81,8 @@ LaunchPlan plan_dispatch(const Geometry& g, const CallOptions& call, LaunchShape
 
 LaunchPlan plan_combine(const Geometry& g, const CallOptions& call, LaunchShape shape) {
   return plan("comm_combine_loopback", g, call, shape, 2 * g.channels, shares_bytes(g, shape),
-              {"windows", "state", "routing", "topk_idx", "expert_out", "y"});
+              {"windows", "state", "routing", "topk_idx", call.sums ? "expert_out" : "", call.sums ? "y" : "",
+               call.values ? "row_values" : "", call.values ? "values" : ""});
 }
 
 std::string name_of(Trouble trouble) {

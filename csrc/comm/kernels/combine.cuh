@@ -53,6 +53,28 @@ __device__ __forceinline__ void sum_to(const Context& c, const char* source, flo
   }
 }
 
+// What travels for a token: the sum of its rows, the values of its slots, or both.
+struct Parts {
+  int sums, bytes;  // of the former; in all
+
+  __device__ explicit Parts(const Context& c)
+      : sums(c.options.sums ? c.g.row_bytes() : 0), bytes(sums + (c.options.values ? c.g.values_bytes() : 0)) {}
+};
+
+// This lane's slot's value in the parts at `count` places, each held by a lane. All but one have 0 there.
+__device__ __forceinline__ float value_of(const Context& c, const char* source, int count, int at) {
+  float value = 0.0f;
+  for (int i = 0; i < count; ++i) {
+    const char* const part = pointer_of(const_cast<char*>(source), i) + at;
+    if (c.lane < c.g.top_k) value += reinterpret_cast<const float*>(part)[c.lane];
+  }
+  return value;
+}
+
+__device__ __forceinline__ void put_value(const Context& c, char* part, float value) {
+  if (c.lane < c.g.top_k) reinterpret_cast<float*>(part)[c.lane] = value;
+}
+
 // Sums of this rank's experts, to the rank in between.
 struct CombineLinkSend {
   Context& c;
@@ -75,10 +97,24 @@ struct CombineLinkSend {
       if (c.lane == rows) row = next;
       next = static_cast<int>(c.table(tables.next_row)[next]);
     }
-    const float weight = c.options.weighted && c.lane < rows ? __uint_as_float(c.table(tables.weight)[row]) : 1.0f;
-    const char* const from =
-        static_cast<const char*>(c.tensors.expert_out) + (c.first_row_of(c.g.capacity) + row) * c.g.row_bytes();
-    sum_to(c, from, weight, rows, out.data);
+    const bool holds = c.lane < rows;
+    const Parts parts(c);
+    if (parts.sums > 0) {
+      const float weight = c.options.weighted && holds ? __uint_as_float(c.table(tables.weight)[row]) : 1.0f;
+      const char* const from =
+          static_cast<const char*>(c.tensors.expert_out) + (c.first_row_of(c.g.capacity) + row) * c.g.row_bytes();
+      sum_to(c, from, weight, rows, out.data);
+    }
+    if (c.options.values) {
+      const int slot = holds ? static_cast<int>(c.table(tables.slot)[row]) : -1;
+      const float of_row = holds ? c.tensors.row_values[c.first_row_of(c.g.capacity) + row] : 0.0f;
+      float value = 0.0f;
+      for (int i = 0; i < rows; ++i) {
+        const float other = __shfl_sync(kAllLanes, of_row, i);
+        if (__shfl_sync(kAllLanes, slot, i) == c.lane) value = other;
+      }
+      put_value(c, out.data + parts.sums, value);
+    }
     __syncwarp();
     if (c.lane == 0) out.fill();
     return true;
@@ -111,6 +147,7 @@ struct CombineRailForward {
     const int64_t stage = end.stage + turn.index * end.slot_bytes;
     const uint32_t count = records_in_chunk(c.g, records(node), chunk);
     const int most = c.g.most_gpus();
+    const Parts parts(c);
     const uint32_t* const via =
         c.table(tables.via) +
         (int64_t{c.channel * c.g.nodes + node} * c.g.channel_tokens() + chunk * c.g.rail_chunk) * most;
@@ -122,11 +159,13 @@ struct CombineRailForward {
       const auto there = [&] { return !used || in.is_filled(); };
       if (!wait_in_all_lanes(c, Role::kRailForward, c.rank_of(c.node, from), in.turn.count, there)) return false;
       const int rows = __popc(__ballot_sync(kAllLanes, used));
-      sum_to(c, in.data, 1.0f, rows, c.window(c.rank) + stage + int64_t{i} * c.g.row_bytes());
+      char* const target = c.window(c.rank) + stage + int64_t{i} * parts.bytes;
+      if (parts.sums > 0) sum_to(c, in.data, 1.0f, rows, target);
+      if (c.options.values) put_value(c, target + parts.sums, value_of(c, in.data, rows, parts.sums));
       __syncwarp();
       if (used) in.release();
     }
-    network.put(end.peer, end.data + turn.index * end.slot_bytes, stage, int64_t{count} * c.g.row_bytes(),
+    network.put(end.peer, end.data + turn.index * end.slot_bytes, stage, int64_t{count} * parts.bytes,
                 end.filled + 4 * turn.index, turn.after());
     return true;
   }
@@ -164,8 +203,8 @@ struct CombineReceive {
     if (!wait_in_all_lanes(c, Role::kLinkReceive, waits_for, leads_rank ? in.turn.count : turn.count, there))
       return false;
 
-    const char* const sum_of_node = c.window(c.rank) + end.data + turn.index * end.slot_bytes +
-                                    int64_t{position % c.g.rail_chunk} * c.g.row_bytes();
+    const char* const sum_of_node =
+        c.window(c.rank) + end.data + turn.index * end.slot_bytes + int64_t{position % c.g.rail_chunk} * Parts(c).bytes;
     add(token, route, leads_rank, in.data, leads_node, sum_of_node);
     __syncwarp();
     if (leads_rank) in.release();
@@ -185,6 +224,13 @@ struct CombineReceive {
     const char* const rank_row = pointer_of(const_cast<char*>(sum_of_rank), rank_lane < 0 ? 0 : rank_lane);
     const char* const node_row = pointer_of(const_cast<char*>(sum_of_node), node_lane < 0 ? 0 : node_lane);
     const int before = __popc(__ballot_sync(kAllLanes, leads_node && route.node < c.node));
+    if (c.options.values) {
+      const int at = Parts(c).sums;
+      const float value = value_of(c, rank_row, count, at) + value_of(c, node_row, nodes, at);
+      const int64_t first = (c.first_row_of(c.options.tokens) + token) * c.g.top_k;
+      if (c.lane < c.g.top_k) c.tensors.values[first + c.lane] = value;
+    }
+    if (!c.options.sums) return;
     char* const y = static_cast<char*>(c.tensors.y) + (c.first_row_of(c.options.tokens) + token) * c.g.row_bytes();
     const uint64_t policy = ptx::evict_first();
     for (int base = 0; base < c.g.row_bytes(); base += 16 * 32) {

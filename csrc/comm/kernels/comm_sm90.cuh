@@ -84,13 +84,13 @@ __device__ void combine(Context& c, uint32_t* shared) {
 
 }  // namespace fastfp8::comm
 
-#define FASTFP8_COMM_KERNEL(NAME, MOST_THREADS, ...)                                                               \
-  extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)                                                    \
-      NAME(const __grid_constant__ fastfp8::comm::Setup setup, const uint64_t* windows, uint32_t* state,           \
-           uint32_t* routing, const int* topk_idx, const float* topk_weights, const void* x, const float* x_scale, \
-           void* recv, float* recv_scale, int* offsets, const void* expert_out, void* y) {                         \
-    extern __shared__ uint32_t shared[];                                                                           \
-    fastfp8::comm::Context context(setup, {windows, state, routing, topk_idx, topk_weights, x, x_scale, recv,      \
-                                           recv_scale, offsets, expert_out, y});                                   \
-    __VA_ARGS__(context, shared);                                                                                  \
+#define FASTFP8_COMM_KERNEL(NAME, MOST_THREADS, ...)                                                                   \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) NAME(                                                  \
+      const __grid_constant__ fastfp8::comm::Setup setup, const uint64_t* windows, uint32_t* state, uint32_t* routing, \
+      const int* topk_idx, const float* topk_weights, const void* x, const float* x_scale, void* recv,                 \
+      float* recv_scale, int* offsets, const void* expert_out, void* y, const float* row_values, float* values) {      \
+    extern __shared__ uint32_t shared[];                                                                               \
+    fastfp8::comm::Context context(setup, {windows, state, routing, topk_idx, topk_weights, x, x_scale, recv,          \
+                                           recv_scale, offsets, expert_out, y, row_values, values});                   \
+    __VA_ARGS__(context, shared);                                                                                      \
   }

@@ -20,6 +20,8 @@ struct Tensors {
   int* offsets;               // [local experts]
   const void* expert_out;     // BF16 [capacity, hidden]
   void* y;                    // BF16 [tokens, hidden]
+  const float* row_values;    // [capacity]
+  float* values;              // [tokens, top_k]
 };
 
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x % 32); }

@@ -183,6 +183,7 @@ struct DispatchLinkReceive {
     const int next = __shfl_sync(kAllLanes, row, later ? __ffs(later) - 1 : 0);
     if (row >= 0) {
       c.table(tables.next_row)[row] = later ? next : -1;
+      c.table(tables.slot)[row] = c.lane;
       c.table(tables.weight)[row] = __float_as_uint(weight);
     }
     const int first = __shfl_sync(kAllLanes, row, rows ? __ffs(rows) - 1 : 0);
