@@ -1,7 +1,7 @@
 """The compiled part: planning and the driver. The operators are registered with torch, not here."""
 
 from collections.abc import Sequence
-
+from typing import TypedDict
 version: str
 
 class TensorSlot:
@@ -142,6 +142,15 @@ def gemm_sm90_unusable_reason(device: int) -> str: ...
 def set_triton_unusable_reason(reason: str) -> None: ...
 def set_kernel_directory(directory: str) -> None: ...
 
+class _CommStatus(TypedDict):
+    trouble: str
+    channel: int
+    role: str
+    peer: int
+    head: int
+    tail: int
+    rows: int
+
 class CommGeometry:
     def __init__(
         self,
@@ -207,4 +216,4 @@ def comm_dispatch_plan(
     geometry: CommGeometry, call: CommCall, payload: str, ranks: int = 1, warps: int = 16
 ) -> LaunchPlan: ...
 def comm_combine_plan(geometry: CommGeometry, call: CommCall, ranks: int = 1, warps: int = 16) -> LaunchPlan: ...
-def comm_status(words: list[int]) -> dict[str, int | str] | None: ...
+def comm_status(words: list[int]) -> _CommStatus | None: ...

@@ -1,0 +1,188 @@
+"""The sm_90a kernels of dispatch and combine: launches, and the memory that they work in (csrc/comm).
+
+    exchange   counts of all ranks -> where each row goes          once a routing
+    dispatch   tokens -> rows of recv                              any number of times a routing
+    combine    rows -> their sums, or a value for each slot        likewise
+
+A call launches and returns: nothing here waits for the GPU. What a kernel finds wrong it writes to its status, of which
+a copy comes to the host behind each launch; the next call that sees it raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..errors import value_error
+from ..layout import BLOCK, Block, pad4
+from ..scaled_tensor import ScaledTensor
+from .errors import Overflow, Timeout
+
+_BLOCK: Block = (1, BLOCK)
+STATUS_WORDS = 7
+# Runs a plan on the tensors of its slots.
+Launcher = Callable[[_C.LaunchPlan, Mapping[str, Tensor]], None]
+
+
+def launch_on_stream(plan: _C.LaunchPlan, tensors: Mapping[str, Tensor]) -> None:
+    """On the current stream of the tensors' GPU."""
+    device = tensors["state"].device
+    with torch.cuda.device(device):
+        addresses = {slot: tensor.data_ptr() for slot, tensor in tensors.items()}
+        _C.launch(plan, addresses, torch.cuda.current_stream(device).cuda_stream)
+
+
+@dataclass(frozen=True)
+class KernelRouting:
+    """Where tokens go and where rows come from: what a handle keeps, on the GPU."""
+
+    words: Tensor
+    """int32: the tables of csrc/comm/layout.h, RoutingLayout."""
+    topk_idx: Tensor
+    """int32 [T, top_k]."""
+    topk_weights: Tensor | None
+    """float32 [T, top_k], which every dispatch sends again."""
+    offsets: Tensor
+    """int32 [local experts]: the row at which each expert ends."""
+    weights: Tensor
+    """float32 [capacity]: a view of ``words``; unspecified past the last row."""
+
+
+class Kernels:
+    """One rank's launches.
+
+    Args:
+        geometry: what all ranks agreed on.
+        rank: this one.
+        windows: int64 [ranks]: the addresses of the ranks' windows, each ``geometry.window_bytes`` of zeros at first.
+        state: int32 [geometry.state_words], zeros at first.
+        timeout: seconds that a role may wait.
+        warps: of a CTA.
+        launch: runs a plan.
+    """
+
+    def __init__(
+        self,
+        geometry: _C.CommGeometry,
+        rank: int,
+        windows: Tensor,
+        state: Tensor,
+        *,
+        timeout: float,
+        warps: int = 16,
+        launch: Launcher = launch_on_stream,
+    ) -> None:
+        self.geometry, self.rank, self.windows, self.state = geometry, rank, windows, state
+        self.timeout, self.warps, self.launch = timeout, warps, launch
+        self._seen = torch.zeros(STATUS_WORDS, dtype=torch.int32, pin_memory=state.is_cuda)
+
+    def exchange(self, topk_idx: Tensor, topk_weights: Tensor | None) -> KernelRouting:
+        """The routing of [T, top_k] indices. All ranks must come."""
+        g, device = self.geometry, topk_idx.device
+        words = torch.empty(g.routing_words, dtype=torch.int32, device=device)
+        offsets = torch.empty(g.local_experts, dtype=torch.int32, device=device)
+        weights = words[g.weight_at : g.weight_at + g.capacity].view(torch.float32)
+        index = topk_idx.to(torch.int32).contiguous()
+        routing = KernelRouting(words, index, topk_weights, offsets, weights)
+        plan = _C.comm_exchange_plan(g, self._call(routing), warps=self.warps)
+        self._launch(plan, {"routing": words, "topk_idx": index, "offsets": offsets})
+        return routing
+
+    def dispatch(
+        self, x: Tensor | ScaledTensor, routing: KernelRouting, *, quantize: bool, pow2: bool = False
+    ) -> Tensor | ScaledTensor:
+        """The rows of ``x`` [T, hidden], BF16 or FP8 in (1, 128) blocks, at their experts: recv [capacity, hidden]."""
+        g = self.geometry
+        payload = "scaled" if isinstance(x, ScaledTensor) else "quantize" if quantize else "plain"
+        tensors: dict[str, Tensor] = {"routing": routing.words, "topk_idx": routing.topk_idx}
+        pitch = 0
+        if isinstance(x, ScaledTensor):
+            scale = x.scale if x.scale.stride(0) == 1 else x.scale.t().contiguous().t()
+            pitch = scale.stride(1)
+            tensors |= {"x": x.data.contiguous(), "x_scale": scale}
+        else:
+            tensors["x"] = x.contiguous()
+        if routing.topk_weights is not None:
+            tensors["topk_weights"] = routing.topk_weights
+        kind = torch.bfloat16 if payload == "plain" else torch.float8_e4m3fn
+        recv = torch.empty((g.capacity, g.hidden), dtype=kind, device=self.state.device)
+        tensors["recv"] = recv
+        if payload != "plain":
+            blocks = torch.empty((g.hidden // BLOCK, pad4(g.capacity)), device=self.state.device)
+            tensors["recv_scale"] = blocks.t()[: g.capacity]
+        call = self._call(routing, scale_pitch=pitch, pow2=pow2, weighted=routing.topk_weights is not None)
+        self._launch(_C.comm_dispatch_plan(g, call, payload, warps=self.warps), tensors)
+        if payload == "plain":
+            return recv
+        return ScaledTensor._trusted(recv, tensors["recv_scale"], _BLOCK)
+
+    def combine(self, rows: Tensor, routing: KernelRouting, *, weighted: bool, out: Tensor | None = None) -> Tensor:
+        """The sums of BF16 ``rows`` [capacity, hidden] for each token: BF16 [T, hidden]."""
+        if out is None:
+            shape = (routing.topk_idx.shape[0], self.geometry.hidden)
+            out = torch.empty(shape, dtype=torch.bfloat16, device=rows.device)
+        call = self._call(routing, weighted=weighted)
+        self._bring_back(call, routing, {"expert_out": rows.contiguous(), "y": out})
+        return out
+
+    def bring_back(self, row_values: Tensor, routing: KernelRouting) -> Tensor:
+        """For each slot the value of its row, 0 where it has none: float32 [capacity] to [T, top_k]."""
+        values = torch.empty(routing.topk_idx.shape, device=row_values.device)
+        call = self._call(routing, sums=False, values=True)
+        self._bring_back(call, routing, {"row_values": row_values.contiguous(), "values": values})
+        return values
+
+    def check(self) -> None:
+        """Raise what the kernels have reported so far. Waits for the GPU."""
+        self._seen.copy_(self._status())
+        self.raise_seen()
+
+    def raise_seen(self) -> None:
+        """Raise what has come to the host of it. Does not wait. After a Timeout, nothing works any more; other errors
+        are raised once."""
+        found = _C.comm_status([word & 0xFFFFFFFF for word in self._seen.tolist()])
+        if found is None:
+            return
+        if found["trouble"] != "timeout":
+            self._seen.zero_()
+            self._status().zero_()
+        if found["trouble"] == "overflow":
+            rows = [0] * self.geometry.ranks
+            rows[self.rank] = found["rows"]
+            raise Overflow(self.geometry.capacity, rows)
+        if found["trouble"] == "bad expert":
+            expert = found["head"] - (found["head"] >> 31 << 32)
+            experts = self.geometry.ranks * self.geometry.local_experts
+            expected = f"experts from 0 to {experts - 1}, or -1"
+            raise value_error("comm.Buffer.dispatch", "topk_idx", expected, f"{expert} for token {found['peer']}")
+        raise Timeout(
+            rank=self.rank,
+            missing=[found["peer"]],
+            channel=found["channel"],
+            role=found["role"],
+            head=found["head"],
+            tail=found["tail"],
+            seconds=self.timeout,
+        )
+
+    def _bring_back(self, call: _C.CommCall, routing: KernelRouting, tensors: dict[str, Tensor]) -> None:
+        plan = _C.comm_combine_plan(self.geometry, call, warps=self.warps)
+        self._launch(plan, {"routing": routing.words, "topk_idx": routing.topk_idx, **tensors})
+
+    def _call(self, routing: KernelRouting, **options: Any) -> _C.CommCall:
+        microseconds = min(int(self.timeout * 1e6), 2**31 - 1)
+        tokens = routing.topk_idx.shape[0]
+        return _C.CommCall(first_rank=self.rank, tokens=tokens, timeout_us=microseconds, **options)
+
+    def _launch(self, plan: _C.LaunchPlan, tensors: dict[str, Tensor]) -> None:
+        self.raise_seen()
+        self.launch(plan, {"windows": self.windows, "state": self.state, **tensors})
+        self._seen.copy_(self._status(), non_blocking=True)
+
+    def _status(self) -> Tensor:
+        return self.state[self.geometry.status_at :][:STATUS_WORDS]
