@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from typing import TypedDict
+
 version: str
 
 class TensorSlot:
