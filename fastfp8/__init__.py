@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (its libraries must be loaded before _C is)
 
-from . import _C, backends, nn, optim  # _C registers the schemas of torch.ops.fastfp8.*
+from . import _C, backends, comm, nn, optim  # _C registers the schemas of torch.ops.fastfp8.*
 from .error_word import check
 from .ops.balance import balance_loss, update_bias
 from .ops.dequantize import dequantize
@@ -31,6 +31,7 @@ __all__ = [
     "ScaledTensor",
     "balance_loss",
     "check",
+    "comm",
     "dequantize",
     "gemm",
     "gemm_swiglu_quantize",

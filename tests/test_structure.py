@@ -170,7 +170,7 @@ def test_python_layers(path: Path) -> None:
     assert not tops & {"tests", "emulator", "backends", "bench", "pytest", "hypothesis"}
     if folder != "triton_kernels":
         assert "triton" not in tops, "Triton is imported by triton_kernels only"
-    uppers = ("nn", "optim")
+    uppers = ("nn", "optim", "comm")
     below = {"reference": ("ops", "triton_kernels", *uppers), "triton_kernels": ("ops", *uppers), "ops": uppers}
     for upper in below.get(folder, ()):
         assert not any(n.startswith(f"fastfp8.{upper}") for n in imports), f"{folder} imports fastfp8.{upper}"
