@@ -15,6 +15,7 @@ from .ops.permute import RowMap, permute, permute_quantize, row_map, unpermute
 from .ops.quantize import quantize
 from .ops.quantize_both import quantize_both, quantize_grouped_both
 from .ops.requantize_transpose import requantize_transpose
+from .ops.rmsnorm import Normalized, rmsnorm_backward, rmsnorm_quantize, rmsnorm_quantize_transpose
 from .ops.route import Routing, route
 from .ops.swiglu_quantize import swiglu_quantize
 from .packed_e5m6 import PackedE5M6
@@ -25,6 +26,7 @@ __version__ = _C.version
 backends.announce()
 
 __all__ = [
+    "Normalized",
     "PackedE5M6",
     "Routing",
     "RowMap",
@@ -48,6 +50,9 @@ __all__ = [
     "quantize_grouped_both",
     "requantize_e5m6",
     "requantize_transpose",
+    "rmsnorm_backward",
+    "rmsnorm_quantize",
+    "rmsnorm_quantize_transpose",
     "route",
     "row_map",
     "swiglu_quantize",

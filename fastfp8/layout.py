@@ -168,7 +168,7 @@ def row_pitch(data: torch.Tensor) -> int:
 
 
 def as_matrices(block: Block, *tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
-    """Views [R, C] that make up what a blockwise op has to do on ``tensors``: x, data and scale, the latter last.
+    """Views [R, C] that make up what a blockwise op has to do on ``tensors``: x, data (and more) and scale, that last.
 
     Two-dimensional tensors are that already. A stack is one tall matrix where no block would span two of its matrices
     and strides allow the view; elsewhere each matrix is a problem, and a launch, of its own.

@@ -35,7 +35,8 @@ class Backend(Protocol):
         self, x: Tensor, block: Block = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0
     ) -> ScaledTensor: ...
 
-    def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor: ...
+    def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16, *, add: Tensor | None = None) -> Tensor:
+        """With the residual ``add``."""
 
     def swiglu_quantize(
         self, gate_up: Tensor, weight: Tensor | None = None, limit: float | None = None, **options: Any
@@ -115,9 +116,9 @@ class TritonInterpreter(InterpretedSwiGlu):
         with self._interpreted():
             return ScaledTensor._trusted(*self._quantize(x, block, pow2, eps), block)
 
-    def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16, *, add: Tensor | None = None) -> Tensor:
         with self._interpreted():
-            return self._dequantize(t.data, t.scale, t.block, dtype)
+            return self._dequantize(t.data, t.scale, t.block, dtype, add)
 
     def gemm(
         self,
@@ -168,8 +169,8 @@ class Cuda(CudaSwiGlu):
         assert has_scale_layout(t.scale, block)  # here, because the copy to the CPU would mend it
         return t.to("cpu")
 
-    def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        return fastfp8.dequantize(scaled_on_gpu(t), dtype).cpu()
+    def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16, *, add: Tensor | None = None) -> Tensor:
+        return fastfp8.dequantize(scaled_on_gpu(t), dtype, add=None if add is None else on_gpu(add)).cpu()
 
     def gemm(
         self,
@@ -291,10 +292,10 @@ class Emulator(EmulatedSwiGlu):
         host = functools.partial(module.quantize, x, block, pow2, eps)
         return ScaledTensor._trusted(*self._run_triton(module, "quantize_kernel", host), block)
 
-    def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16, *, add: Tensor | None = None) -> Tensor:
         from fastfp8.triton_kernels import dequantize as module
 
-        host = functools.partial(module.dequantize, t.data, t.scale, t.block, dtype)
+        host = functools.partial(module.dequantize, t.data, t.scale, t.block, dtype, add)
         return self._run_triton(module, "dequantize_kernel", host)
 
     def _run_triton(self, module: ModuleType, name: str, host: Callable[[], Any]) -> Any:

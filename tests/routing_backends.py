@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -124,15 +125,18 @@ class _Launcher:
 
 
 @contextlib.contextmanager
-def emulated(seed: int = 0) -> Iterator[None]:
-    """While it lasts, launches of the Triton kernels here run from their PTX for sm_90 on the emulator."""
+def emulated(seed: int = 0, *modules: ModuleType) -> Iterator[None]:
+    """While it lasts, launches of the Triton kernels of ``modules`` run from their PTX for sm_90 on the emulator.
+
+    Without ``modules`` of those here.
+    """
     from triton_launch import Emulated
 
     from fastfp8.triton_kernels import permute, route
 
     run = Emulated(seed)
     with contextlib.ExitStack() as stack:
-        for module in (route, permute):
+        for module in modules or (route, permute):
             for name, value in list(vars(module).items()):
                 if name.endswith("_kernel"):
                     stack.enter_context(mock.patch.object(module, name, _Launcher(value, run)))

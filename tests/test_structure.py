@@ -21,6 +21,9 @@ OPS = (
     "quantize_both",
     "quantize_grouped_both",
     "requantize_transpose",
+    "rmsnorm_quantize",
+    "rmsnorm_quantize_transpose",
+    "rmsnorm_backward",
     "gemm",
     "grouped_gemm",
     "masked_grouped_gemm",
@@ -43,6 +46,7 @@ OPS = (
 STEM_OF = {
     "masked_grouped_gemm": "grouped_gemm",
     "quantize_grouped_both": "quantize_both",
+    **dict.fromkeys(("rmsnorm_quantize", "rmsnorm_quantize_transpose", "rmsnorm_backward"), "rmsnorm"),
     "route_backward": "route",
     **dict.fromkeys(("row_map", "permute_scaled", "permute_quantize", "unpermute", "unpermute_backward"), "permute"),
     **dict.fromkeys(("pack_e5m6", "unpack_e5m6", "requantize_e5m6"), "e5m6"),

@@ -7,7 +7,8 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
   library.def(
       "swiglu_quantize(Tensor gate_up, Tensor? weight=None, float? limit=None, bool pow2=False, float eps=0.0) -> "
       "(Tensor, Tensor)");
-  library.def("dequantize(Tensor data, Tensor scale, int[2] block, ScalarType dtype=bfloat16) -> Tensor");
+  library.def(
+      "dequantize(Tensor data, Tensor scale, int[2] block, ScalarType dtype=bfloat16, Tensor? add=None) -> Tensor");
   // Data and scale of x, then of its transpose, whose codes [K, tokens] are padded with zeros: to 16 tokens, or each
   // group to 128. Of groups also the token at which each ends there.
   library.def("quantize_both(Tensor x, bool pow2=False, float eps=0.0) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -18,6 +19,16 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
   library.def(
       "requantize_transpose.grouped(Tensor data, Tensor scale, Tensor offsets, Tensor(a!)? error) -> "
       "(Tensor, Tensor, Tensor)");
+  // The last result is x + residual; without `residual` it has no rows.
+  library.def(
+      "rmsnorm_quantize(Tensor x, Tensor weight, float eps=1e-06, Tensor? residual=None, bool pow2=False, "
+      "float amax_floor=0.0) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "rmsnorm_quantize_transpose(Tensor x, Tensor weight, Tensor rstd, bool pow2=False, float amax_floor=0.0) -> "
+      "(Tensor, Tensor)");
+  library.def(
+      "rmsnorm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? residual_grad=None) -> "
+      "(Tensor, Tensor)");
   library.def(
       "gemm(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, int[2] b_block=[128, 128], "
       "ScalarType out_dtype=bfloat16, Tensor? c=None, int? num_sms=None) -> Tensor");

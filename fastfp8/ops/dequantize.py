@@ -16,8 +16,11 @@ _OP = "dequantize"
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def dequantize(t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def dequantize(t: ScaledTensor, dtype: torch.dtype = torch.bfloat16, *, add: Tensor | None = None) -> Tensor:
     """``t.data * t.scale``: the product in FP32, rounded once to ``dtype``. Bit for bit equal on every backend.
+
+    With ``add``, a residual, it is ``t.data * t.scale + add``: the product and then the sum, each rounded to FP32, then
+    rounded once to ``dtype``. It has no gradient.
 
     On a GPU a stack is one launch where its matrices lie one below the other and, of (128, 128) blocks, R is a multiple
     of 128; else it is one launch a matrix.
@@ -25,17 +28,21 @@ def dequantize(t: ScaledTensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     Args:
         t: a ScaledTensor [R, C] or [G, R, C] of any block.
         dtype: bfloat16, float16 or float32.
+        add: bfloat16, float16 or float32 in the shape of ``t``, any strides, on its device, or None.
 
     Returns:
         A row-major tensor of ``dtype`` in the shape of ``t`` on its device.
 
     Raises:
-        TypeError: ``t`` is not a ScaledTensor, or ``dtype`` is another.
+        TypeError: ``t`` is not a ScaledTensor, ``add`` no tensor of such a dtype, or ``dtype`` is another.
+        ValueError: ``add`` has another shape or device.
     """
     if not isinstance(t, ScaledTensor):
         raise ArgumentTypeError(message(_OP, "t", "a fastfp8.ScaledTensor", type(t).__name__))
     check_dtype(dtype, _OP, "dtype", OUTPUT_DTYPES)
-    out: Tensor = torch.ops.fastfp8.dequantize(t.data, t.scale, t.block, dtype)
+    if add is not None:
+        _check_add(t.data, add)
+    out: Tensor = torch.ops.fastfp8.dequantize(t.data, t.scale, t.block, dtype, add)
     return out
 
 
@@ -59,28 +66,55 @@ def check_scaled(
         raise value_error(op, scale_name, scale_layout_name(block, scale.dim()), f"stride {tuple(scale.stride())}")
 
 
-def _check(data: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype) -> Block:
+def _check_add(data: Tensor, add: Tensor) -> None:
+    check_tensor(add, _OP, "add", OUTPUT_DTYPES, dim=data.dim())
+    if add.shape != data.shape:
+        raise value_error(_OP, "add", f"shape {tuple(data.shape)}, that of the codes", f"shape {tuple(add.shape)}")
+    check_device(add, _OP, "add", data, "data")
+
+
+def _check(data: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype, add: Tensor | None) -> Block:
     checked = as_block(block, _OP)
     check_dtype(dtype, _OP, "dtype", OUTPUT_DTYPES)
     check_scaled(_OP, "data", data, "scale", scale, checked, dim=None)
+    if add is not None:
+        _check_add(data, add)
     return checked
 
 
 @torch.library.impl("fastfp8::dequantize", "CPU")
 @torch.no_grad()
-def _cpu(data: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return reference_dequantize(data, scale, _check(data, scale, block, dtype), dtype)
+def _cpu(
+    data: Tensor,
+    scale: Tensor,
+    block: Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
+    add: Tensor | None = None,
+) -> Tensor:
+    return reference_dequantize(data, scale, _check(data, scale, block, dtype, add), dtype, add)
 
 
 @torch.library.impl("fastfp8::dequantize", "CUDA")
 @torch.no_grad()
-def _cuda(data: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def _cuda(
+    data: Tensor,
+    scale: Tensor,
+    block: Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
+    add: Tensor | None = None,
+) -> Tensor:
     from ..triton_kernels.dequantize import dequantize as triton_dequantize
 
-    return triton_dequantize(data, scale, _check(data, scale, block, dtype), dtype)
+    return triton_dequantize(data, scale, _check(data, scale, block, dtype, add), dtype, add)
 
 
 @torch.library.register_fake("fastfp8::dequantize")
-def _fake(data: Tensor, scale: Tensor, block: Sequence[int], dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    _check(data, scale, block, dtype)
+def _fake(
+    data: Tensor,
+    scale: Tensor,
+    block: Sequence[int],
+    dtype: torch.dtype = torch.bfloat16,
+    add: Tensor | None = None,
+) -> Tensor:
+    _check(data, scale, block, dtype, add)
     return torch.empty(data.shape, dtype=dtype, device=data.device)

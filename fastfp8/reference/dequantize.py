@@ -11,17 +11,18 @@ from ..layout import Block, as_matrices, ceil_div
 _CHUNK = 1 << 19
 
 
-def dequantize(data: Tensor, scale: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+def dequantize(data: Tensor, scale: Tensor, block: Block, dtype: torch.dtype, add: Tensor | None = None) -> Tensor:
     """See :func:`fastfp8.dequantize`; arguments are checked already."""
     out = torch.empty(data.shape, dtype=dtype)
     if data.numel():
-        for data_matrix, out_matrix, scale_matrix in as_matrices(block, data, out, scale):
-            _dequantize_matrix(data_matrix, out_matrix, scale_matrix, block)
+        added = () if add is None else (add,)
+        for data_matrix, out_matrix, *add_matrix, scale_matrix in as_matrices(block, data, out, *added, scale):
+            _dequantize_matrix(data_matrix, out_matrix, scale_matrix, block, *add_matrix)
     return out
 
 
-def _dequantize_matrix(data: Tensor, out: Tensor, scale: Tensor, block: Block) -> None:
-    """The product in FP32, rounded once to the type of ``out``."""
+def _dequantize_matrix(data: Tensor, out: Tensor, scale: Tensor, block: Block, add: Tensor | None = None) -> None:
+    """The product in FP32, the sum with ``add`` if there is one, rounded once to the type of ``out``."""
     rows, cols = data.shape
     step = max(1, _CHUNK // (cols * block[0]))
     for first in range(0, ceil_div(rows, block[0]), step):
@@ -31,4 +32,6 @@ def _dequantize_matrix(data: Tensor, out: Tensor, scale: Tensor, block: Block) -
         spread = s[:, None, :, None].expand(-1, block[0], -1, block[1])
         spread = spread.reshape(s.shape[0] * block[0], s.shape[1] * block[1])
         torch.mul(values, spread[: values.shape[0], :cols], out=values)
+        if add is not None:
+            values += add[chunk].float()
         out[chunk] = values

@@ -15,6 +15,7 @@ from . import TILES, require_fp8, tile_indices
 def dequantize_kernel(
     data,
     scale,
+    add,
     out,
     rows,
     cols,
@@ -22,6 +23,8 @@ def dequantize_kernel(
     data_col_stride,
     scale_row_stride,
     scale_col_stride,
+    add_row_stride,
+    add_col_stride,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -33,27 +36,33 @@ def dequantize_kernel(
     in_scale = (block_row * BLOCK_ROWS < rows) & (block_col * BLOCK_COLS < cols)
     factor = tl.load(scale + block_row * scale_row_stride + block_col * scale_col_stride, mask=in_scale, other=0.0)
     values = codes.to(tl.float32) * factor
+    if add is not None:
+        values += tl.load(add + row * add_row_stride + col * add_col_stride, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * cols + col, values.to(out.dtype.element_ty), mask=inside)
 
 
-def dequantize(data: Tensor, scale: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+def dequantize(data: Tensor, scale: Tensor, block: Block, dtype: torch.dtype, add: Tensor | None = None) -> Tensor:
     """See :func:`fastfp8.dequantize`; arguments are checked already."""
     require_fp8("dequantize", data.device)
     out = torch.empty(data.shape, dtype=dtype, device=data.device)
     if data.numel() == 0:
         return out
     tile = TILES[block]
+    added = () if add is None else (add,)
     with torch.cuda.device_of(data):
-        for data_matrix, out_matrix, scale_matrix in as_matrices(block, data, out, scale):
+        for data_matrix, out_matrix, *rest, scale_matrix in as_matrices(block, data, out, *added, scale):
             rows, cols = data_matrix.shape
+            add_matrix = rest[0] if rest else None
             dequantize_kernel[tile.grid(rows, cols)](
                 data_matrix,
                 scale_matrix,
+                add_matrix,
                 out_matrix,
                 rows,
                 cols,
                 *data_matrix.stride(),
                 *scale_matrix.stride(),
+                *((0, 0) if add_matrix is None else add_matrix.stride()),
                 BLOCK_ROWS=block[0],
                 BLOCK_COLS=block[1],
                 TILE_ROWS=tile.rows,

@@ -28,12 +28,15 @@ def make(shape: tuple[int, int], block: tuple[int, int], seed: int = 0) -> Scale
     return ScaledTensor(data, torch.from_numpy(scale.astype(np.float32)), block)
 
 
-def oracle(t: ScaledTensor, dtype: torch.dtype) -> torch.Tensor:
-    """The exact float64 product rounded to FP32, then to ``dtype``."""
+def oracle(t: ScaledTensor, dtype: torch.dtype, add: torch.Tensor | None = None) -> torch.Tensor:
+    """The exact float64 product rounded to FP32, its sum with ``add`` rounded to FP32, all that then to ``dtype``."""
     values = t.data.contiguous().view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn).astype(np.float64)
     scale = t.scale.numpy().repeat(t.block[0], 0).repeat(t.block[1], 1)[: values.shape[0], : values.shape[1]]
     with np.errstate(over="ignore", invalid="ignore"):
         product = (values * scale).astype(np.float32)
+        if add is not None:
+            # A double holds 2 * 24 + 2 bits, so that rounding its sum of two FP32 is rounding the exact sum.
+            product = (product.astype(np.float64) + add.double().numpy()).astype(np.float32)
         return from_numpy(product.astype(DTYPES[dtype]), dtype)
 
 
@@ -118,7 +121,54 @@ def test_quantize_inverts_it_for_representable_values(name: str) -> None:
     assert_same_bits(again.scale, t.scale, "scale")
 
 
+def residual(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Of magnitudes near those of ``make`` and far from them, infinities and NaNs among them."""
+    rng = np.random.default_rng(sum(shape))
+    values = rng.standard_normal(shape) * 2.0 ** rng.integers(-20, 14, shape)
+    values[rng.random(shape) < 0.01] = rng.choice([np.inf, -np.inf, np.nan])
+    return torch.from_numpy(values.astype(np.float32)).to(dtype)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.parametrize("name", backend_params(["reference", "triton_interpreter", "emulator", "cuda"]))
+def test_add(name: str, block: tuple[int, int]) -> None:
+    """Two roundings to FP32 and one to the result's dtype, whatever the residual's is."""
+    b = backend(name)
+    pairs = list(zip(DTYPES, [*DTYPES][1:] + [*DTYPES][:1], strict=True))
+    few = name == "emulator"  # for which each kernel has to be compiled
+    for shape in ((3, 129),) if few else ((1, 1), (3, 129), (129, 257), (0, 128), (5, 0)):
+        t = make(shape, block)
+        for dtype, other in pairs[:1] if few else pairs:
+            add = residual(shape, other)
+            assert_same_bits(b.dequantize(t, dtype, add=add), oracle(t, dtype, add), f"{shape}, {dtype}")
+
+
+@pytest.mark.parametrize("name", backend_params())
+def test_add_of_any_strides(name: str) -> None:
+    b, big = backend(name), residual((400, 600), torch.bfloat16)
+    for block in BLOCKS:
+        t = make((130, 270), block)
+        for add in (big[:270, :130].t(), big[::3, ::2][:130, :270], big[:1, :270].expand(130, 270)):
+            assert_same_bits(b.dequantize(t, add=add), oracle(t, torch.bfloat16, add), f"{block}, {add.stride()}")
+        assert_same_bits(b.dequantize(t.t(), add=add.t()), oracle(t, torch.bfloat16, add).t(), "a transpose")
+
+
+@pytest.mark.parametrize("name", backend_params())
+def test_add_to_stacks(name: str) -> None:
+    """One launch where the residual's matrices too lie one below the other, one a matrix elsewhere."""
+    for block, shape in (((1, 128), (3, 5, 300)), ((128, 128), (2, 128, 130)), ((128, 128), (2, 150, 136))):
+        matrices = [make(shape[1:], block, seed) for seed in range(shape[0])]
+        t = ScaledTensor(torch.stack([m.data for m in matrices]), torch.stack([m.scale for m in matrices]), block)
+        flat = residual(shape, torch.float32)
+        for add in (flat, flat[:1].expand(shape), flat.transpose(0, 1).contiguous().transpose(0, 1)):
+            out = backend(name).dequantize(t, torch.float32, add=add)
+            for got, matrix, added in zip(out, matrices, add, strict=True):
+                assert_same_bits(got, oracle(matrix, torch.float32, added), f"{block}, {shape}, {add.stride()}")
+
+
 def test_chunks_of_the_reference_agree_with_the_oracle() -> None:
     for block in BLOCKS:
         t = make((1300, 1024), block)
         assert_same_bits(fastfp8.dequantize(t), oracle(t, torch.bfloat16), f"{block}")
+        add = residual((1300, 1024), torch.bfloat16)
+        assert_same_bits(fastfp8.dequantize(t, add=add), oracle(t, torch.bfloat16, add), f"{block} with a residual")
