@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (its libraries must be loaded before _C is)
 
-from . import _C, backends, comm, nn, optim  # _C registers the schemas of torch.ops.fastfp8.*
+from . import _C, backends, comm, nn, optim, presets  # _C registers the schemas of torch.ops.fastfp8.*
 from .error_word import check
 from .ops.balance import balance_loss, update_bias
 from .ops.dequantize import dequantize
@@ -17,6 +17,7 @@ from .ops.quantize_both import quantize_both, quantize_grouped_both
 from .ops.requantize_transpose import requantize_transpose
 from .ops.rmsnorm import Normalized, rmsnorm_backward, rmsnorm_quantize, rmsnorm_quantize_transpose
 from .ops.route import Routing, route
+from .ops.swiglu_backward_quantize import SwiGluGradients, swiglu_backward_quantize
 from .ops.swiglu_quantize import swiglu_quantize
 from .packed_e5m6 import PackedE5M6
 from .scaled_tensor import ScaledTensor
@@ -31,6 +32,7 @@ __all__ = [
     "Routing",
     "RowMap",
     "ScaledTensor",
+    "SwiGluGradients",
     "balance_loss",
     "check",
     "comm",
@@ -45,6 +47,7 @@ __all__ = [
     "pack_e5m6",
     "permute",
     "permute_quantize",
+    "presets",
     "quantize",
     "quantize_both",
     "quantize_grouped_both",
@@ -55,6 +58,7 @@ __all__ = [
     "rmsnorm_quantize_transpose",
     "route",
     "row_map",
+    "swiglu_backward_quantize",
     "swiglu_quantize",
     "unpack_e5m6",
     "unpermute",

@@ -22,6 +22,7 @@ OPS = (
     "rmsnorm_quantize_transpose",
     "rmsnorm_backward",
     "swiglu_quantize",
+    "swiglu_backward_quantize",
     "gemm",
     "grouped_gemm",
     "masked_grouped_gemm",

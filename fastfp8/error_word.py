@@ -13,7 +13,7 @@ from .errors import ArgumentValueError, message
 
 # The bit of each op that reports, and how a message goes on: op, argument, what was expected.
 OFFSETS, COUNTS, TOKEN_OFFSETS, SWIGLU_OFFSETS, QUANTIZE_OFFSETS, REQUANTIZE_OFFSETS = 1, 2, 4, 8, 16, 32
-TOPK_IDX = 64
+TOPK_IDX, SWIGLU_BACKWARD_OFFSETS = 64, 128
 _ENDS = "ends that ascend from 0 to at most T"
 _MEANINGS = {
     OFFSETS: ("grouped_gemm", "offsets", _ENDS),
@@ -22,6 +22,7 @@ _MEANINGS = {
     SWIGLU_OFFSETS: ("gemm_swiglu_quantize", "offsets", _ENDS),
     QUANTIZE_OFFSETS: ("quantize_grouped_both", "offsets", _ENDS),
     REQUANTIZE_OFFSETS: ("requantize_transpose", "offsets", _ENDS),
+    SWIGLU_BACKWARD_OFFSETS: ("swiglu_backward_quantize", "offsets", _ENDS),
     TOPK_IDX: ("row_map", "topk_idx", "experts from 0 to below num_experts, or -1"),
 }
 
@@ -52,8 +53,9 @@ def check() -> None:
 
     What the host cannot see without waiting for the device is not checked before a launch: offsets of
     :func:`fastfp8.grouped_gemm`, :func:`fastfp8.grouped_wgrad`, :func:`fastfp8.gemm_swiglu_quantize`,
-    :func:`fastfp8.quantize_grouped_both` and :func:`fastfp8.requantize_transpose`, counts of
-    :func:`fastfp8.masked_grouped_gemm`, indices of :func:`fastfp8.row_map`. On a GPU their kernels bring such values
+    :func:`fastfp8.quantize_grouped_both`, :func:`fastfp8.requantize_transpose` and
+    :func:`fastfp8.swiglu_backward_quantize`, counts of :func:`fastfp8.masked_grouped_gemm`, indices of
+    :func:`fastfp8.row_map`. On a GPU their kernels bring such values
     into range and go on; this is where to learn of it. It waits for each device on which such an op has run, so call it
     once a step, or while looking for a fault, and not while a CUDA graph is captured.
 

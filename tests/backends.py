@@ -26,20 +26,23 @@ from fastfp8 import _C, ScaledTensor
 from fastfp8.backends import KERNELS, built_kernels
 from fastfp8.error_word import error_word
 from fastfp8.layout import BLOCK, Block, has_scale_layout
+from fastfp8.presets import Preset, Rules
 
 
 class Backend(Protocol):
     """The public functions of fastfp8, with its signatures."""
 
-    def quantize(
-        self, x: Tensor, block: Block = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0
-    ) -> ScaledTensor: ...
+    def quantize(self, x: Tensor, block: Block = (1, BLOCK), **options: Any) -> ScaledTensor: ...
 
     def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16, *, add: Tensor | None = None) -> Tensor:
         """With the residual ``add``."""
 
     def swiglu_quantize(
-        self, gate_up: Tensor, weight: Tensor | None = None, limit: float | None = None, **options: Any
+        self,
+        gate_up: Tensor | ScaledTensor,
+        weight: Tensor | None = None,
+        limit: float | None = None,
+        **options: Any,
     ) -> ScaledTensor: ...
 
     def gemm(
@@ -96,6 +99,13 @@ def _wgrad_out(grad_t: ScaledTensor, input_t: ScaledTensor, offsets: Tensor, out
     return torch.empty(shape, dtype=out_dtype or torch.float32).fill_(float("nan"))
 
 
+def _quantize_options(
+    pow2: bool = False, eps: float = 0.0, preset: Preset | None = None
+) -> tuple[bool, float, Rules | None]:
+    """As the host function of the kernel takes them."""
+    return (pow2, eps, None) if preset is None else (pow2, preset.eps, preset.rules)
+
+
 class TritonInterpreter(InterpretedSwiGlu):
     """The Triton kernels and their host functions on CPU tensors, after the checks that the ops make.
 
@@ -112,9 +122,9 @@ class TritonInterpreter(InterpretedSwiGlu):
         self._interpreted = interpreted
         self.error = torch.zeros(1, dtype=torch.int32)
 
-    def quantize(self, x: Tensor, block: Block = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0) -> ScaledTensor:
+    def quantize(self, x: Tensor, block: Block = (1, BLOCK), **options: Any) -> ScaledTensor:
         with self._interpreted():
-            return ScaledTensor._trusted(*self._quantize(x, block, pow2, eps), block)
+            return ScaledTensor._trusted(*self._quantize(x, block, *_quantize_options(**options)), block)
 
     def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16, *, add: Tensor | None = None) -> Tensor:
         with self._interpreted():
@@ -164,8 +174,8 @@ class TritonInterpreter(InterpretedSwiGlu):
 class Cuda(CudaSwiGlu):
     """The ops on a GPU."""
 
-    def quantize(self, x: Tensor, block: Block = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0) -> ScaledTensor:
-        t = fastfp8.quantize(on_gpu(x), block, pow2=pow2, eps=eps)
+    def quantize(self, x: Tensor, block: Block = (1, BLOCK), **options: Any) -> ScaledTensor:
+        t = fastfp8.quantize(on_gpu(x), block, **options)
         assert has_scale_layout(t.scale, block)  # here, because the copy to the CPU would mend it
         return t.to("cpu")
 
@@ -286,10 +296,10 @@ class Emulator(EmulatedSwiGlu):
         self._machine, self._run_plan = emulator.Machine(seed), emulator.run_plan
         self.error = torch.zeros(1, dtype=torch.int32)
 
-    def quantize(self, x: Tensor, block: Block = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0) -> ScaledTensor:
+    def quantize(self, x: Tensor, block: Block = (1, BLOCK), **options: Any) -> ScaledTensor:
         from fastfp8.triton_kernels import quantize as module
 
-        host = functools.partial(module.quantize, x, block, pow2, eps)
+        host = functools.partial(module.quantize, x, block, *_quantize_options(**options))
         return ScaledTensor._trusted(*self._run_triton(module, "quantize_kernel", host), block)
 
     def dequantize(self, t: ScaledTensor, dtype: torch.dtype = torch.bfloat16, *, add: Tensor | None = None) -> Tensor:

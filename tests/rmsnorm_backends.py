@@ -28,7 +28,7 @@ def run(name: str, op: str, *args: Any, seed: int = 0) -> tuple[Tensor, ...]:
     from fastfp8.triton_kernels import rmsnorm
 
     host = functools.partial(getattr(rmsnorm, op), *(aligned(a) if isinstance(a, Tensor) else a for a in args))
-    with interpreted() if name == "triton_interpreter" else emulated(seed, rmsnorm):
+    with interpreted() if name == "triton_interpreter" else emulated(seed, (rmsnorm,)):
         return host()
 
 

@@ -125,10 +125,10 @@ class _Launcher:
 
 
 @contextlib.contextmanager
-def emulated(seed: int = 0, *modules: ModuleType) -> Iterator[None]:
+def emulated(seed: int = 0, modules: tuple[ModuleType, ...] = ()) -> Iterator[None]:
     """While it lasts, launches of the Triton kernels of ``modules`` run from their PTX for sm_90 on the emulator.
 
-    Without ``modules`` of those here.
+    Without ``modules``, of those of routing and permutation.
     """
     from triton_launch import Emulated
 

@@ -33,17 +33,27 @@ class SwiGlu(NamedTuple):
         return self if self.weight is None else self._replace(weight=on_gpu(self.weight))
 
 
+def arguments(gate_up: Tensor | ScaledTensor, *options: Any, **named: Any) -> tuple[Any, ...]:
+    """Those of the host function of swiglu_quantize, which takes the scale of an FP8 ``gate_up`` last."""
+    data, scale = (gate_up.data, gate_up.scale) if isinstance(gate_up, ScaledTensor) else (gate_up, None)
+    return (data, *SwiGlu(*options, **named), scale)
+
+
 class InterpretedSwiGlu:
     _interpreted: Callable[[], AbstractContextManager[None]]
     error: Tensor
 
     def swiglu_quantize(
-        self, gate_up: Tensor, weight: Tensor | None = None, limit: float | None = None, **options: Any
+        self,
+        gate_up: Tensor | ScaledTensor,
+        weight: Tensor | None = None,
+        limit: float | None = None,
+        **options: Any,
     ) -> ScaledTensor:
         from fastfp8.triton_kernels import swiglu_quantize as module
 
         with self._interpreted():
-            return ScaledTensor._trusted(*module.swiglu_quantize(gate_up, *SwiGlu(weight, limit, **options)), ROW)
+            return ScaledTensor._trusted(*module.swiglu_quantize(*arguments(gate_up, weight, limit, **options)), ROW)
 
     def gemm_swiglu_quantize(
         self, a: ScaledTensor, b: ScaledTensor, offsets: Tensor | None = None, **options: Any
@@ -58,10 +68,15 @@ class InterpretedSwiGlu:
 
 class CudaSwiGlu:
     def swiglu_quantize(
-        self, gate_up: Tensor, weight: Tensor | None = None, limit: float | None = None, **options: Any
+        self,
+        gate_up: Tensor | ScaledTensor,
+        weight: Tensor | None = None,
+        limit: float | None = None,
+        **options: Any,
     ) -> ScaledTensor:
         weight = None if weight is None else on_gpu(weight)
-        t = fastfp8.swiglu_quantize(on_gpu(gate_up), weight, limit, **options)
+        on_device = scaled_on_gpu(gate_up) if isinstance(gate_up, ScaledTensor) else on_gpu(gate_up)
+        t = fastfp8.swiglu_quantize(on_device, weight, limit, **options)
         assert has_scale_layout(t.scale, ROW)  # here, because the copy to the CPU would mend it
         return t.to("cpu")
 
@@ -94,11 +109,15 @@ class EmulatedSwiGlu:
     error: Tensor
 
     def swiglu_quantize(
-        self, gate_up: Tensor, weight: Tensor | None = None, limit: float | None = None, **options: Any
+        self,
+        gate_up: Tensor | ScaledTensor,
+        weight: Tensor | None = None,
+        limit: float | None = None,
+        **options: Any,
     ) -> ScaledTensor:
         from fastfp8.triton_kernels import swiglu_quantize as module
 
-        host = functools.partial(module.swiglu_quantize, gate_up, *SwiGlu(weight, limit, **options))
+        host = functools.partial(module.swiglu_quantize, *arguments(gate_up, weight, limit, **options))
         return ScaledTensor._trusted(*self._run_triton(module, "swiglu_quantize_kernel", host), ROW)
 
     def gemm_swiglu_quantize(

@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fastfp8
 from fastfp8 import ScaledTensor
 
-SWIGLU, DENSE, GROUPED = "swiglu_quantize", "dense", "grouped"
-OPS = {SWIGLU: "swiglu_quantize", DENSE: "gemm_swiglu_quantize", GROUPED: "gemm_swiglu_quantize"}
+SWIGLU, DENSE, GROUPED, BACKWARD = "swiglu_quantize", "dense", "grouped", "swiglu_backward_quantize"
+OPS = {SWIGLU: SWIGLU, DENSE: "gemm_swiglu_quantize", GROUPED: "gemm_swiglu_quantize", BACKWARD: BACKWARD}
 
 
 def good(kind: str) -> dict[str, Any]:
@@ -24,6 +24,10 @@ def good(kind: str) -> dict[str, Any]:
     options = {"weight": torch.ones(5), "limit": 7.0, "pow2": False, "eps": 0.0}
     if kind == SWIGLU:
         return {"gate_up": torch.ones(5, 600), **options}
+    if kind == BACKWARD:
+        offsets = torch.tensor([2, 2, 5], dtype=torch.int32)
+        operands = {"grad": torch.ones(5, 256), "gate_up": zeros(5, 512), "gate_up_scale": row_scale(5, 4)}
+        return {**operands, **options, "offsets": offsets, "error": None, "dense_activation": False}
     lead = (3,) if kind == GROUPED else ()
     return {
         "a": zeros(5, 304),
@@ -51,7 +55,7 @@ class Bad(NamedTuple):
 
 
 def bad_options(kind: str) -> list[Bad]:
-    name = "gate_up" if kind == SWIGLU else "a"
+    name = {SWIGLU: "gate_up", BACKWARD: "grad"}.get(kind, "a")
     limit, eps = "positive number from 2**-100 to 2**100", "number from 0 up to 2**100"
     rows = [
         Bad(kind, {"weight": torch.ones(5).bfloat16()}, TypeError, "weight", ("float32", "bfloat16")),
@@ -82,6 +86,40 @@ def bad_gate_up() -> list[Bad]:
     ]
 
 
+def bad_backward() -> list[Bad]:
+    """Of gate_up in FP8, and dense."""
+    dense = {"gate_up": torch.ones(5, 512), "gate_up_scale": None}
+    return [
+        Bad(BACKWARD, {"grad": torch.ones(5, 256).double()}, TypeError, "grad", ("bfloat16", "float64")),
+        Bad(BACKWARD, {"grad": torch.ones(5, 200)}, ValueError, "grad", ("F a multiple of 128", "(5, 200)")),
+        Bad(BACKWARD, {"grad": torch.ones(256)}, ValueError, "grad", ("2 dimensions", "(256,)")),
+        Bad(BACKWARD, {"grad": None}, TypeError, "grad", ("torch.Tensor", "NoneType"), api_only=True),
+        Bad(BACKWARD, {"gate_up_scale": row_scale(5, 3)}, ValueError, "gate_up_scale", ("(5, 4)", "(5, 3)")),
+        Bad(BACKWARD, {"gate_up_scale": torch.ones(5, 4)}, ValueError, "gate_up_scale", ("a multiple of 4", "(4, 1)")),
+        Bad(BACKWARD, dense | {"gate_up": torch.ones(5, 510)}, ValueError, "gate_up", ("(5, 512)", "(5, 510)")),
+        Bad(BACKWARD, dense | {"gate_up": torch.ones(4, 512)}, ValueError, "gate_up", ("(5, 512)", "(4, 512)")),
+        Bad(BACKWARD, dense | {"gate_up": torch.ones(5, 512).long()}, TypeError, "gate_up", ("float32", "int64")),
+        Bad(
+            BACKWARD,
+            dense | {"gate_up": torch.ones(5, 512, device="meta")},
+            ValueError,
+            "gate_up",
+            ("device cpu", "'grad'", "meta"),
+        ),
+        Bad(BACKWARD, {"pad": 1}, TypeError, "pad", ("a bool", "int 1"), api_only=True),
+        Bad(BACKWARD, {"dense_activation": 1}, TypeError, "dense_activation", ("a bool", "int 1"), api_only=True),
+        Bad(BACKWARD, {"error": torch.zeros(2).int()}, ValueError, "error", ("(1,)", "(2,)"), ops_only=True),
+        Bad(
+            BACKWARD,
+            {"offsets": None, "error": torch.zeros(1)},
+            TypeError,
+            "error",
+            ("int32", "float32"),
+            ops_only=True,
+        ),
+    ]
+
+
 def bad_operands(kind: str) -> list[Bad]:
     lead = (3,) if kind == GROUPED else ()
     few = {"b": zeros(*lead, 128, 304), "b_scale": torch.ones(*lead, 1, 3)}
@@ -105,14 +143,15 @@ def bad_operands(kind: str) -> list[Bad]:
     ]
 
 
-def bad_offsets() -> list[Bad]:
-    offsets = good(GROUPED)["offsets"]
+def bad_offsets(kind: str) -> list[Bad]:
+    offsets, name = good(kind)["offsets"], "a" if kind == GROUPED else "grad"
+    few = ("shape (3,)", "'b'", "(2,)") if kind == GROUPED else ("at least one group", "(0,)")
     return [
-        Bad(GROUPED, {"offsets": offsets.long()}, TypeError, "offsets", ("int32", "int64")),
-        Bad(GROUPED, {"offsets": offsets[:2]}, ValueError, "offsets", ("shape (3,)", "'b'", "(2,)")),
-        Bad(GROUPED, {"offsets": offsets.repeat(2)[::2]}, ValueError, "offsets", ("contiguous", "(2,)")),
-        Bad(GROUPED, {"offsets": offsets.to("meta")}, ValueError, "offsets", ("device cpu", "'a'", "meta")),
-        Bad(GROUPED, {"offsets": [2, 2, 5]}, TypeError, "offsets", ("torch.Tensor", "list"), api_only=True),
+        Bad(kind, {"offsets": offsets.long()}, TypeError, "offsets", ("int32", "int64")),
+        Bad(kind, {"offsets": offsets[: 2 if kind == GROUPED else 0]}, ValueError, "offsets", few),
+        Bad(kind, {"offsets": offsets.repeat(2)[::2]}, ValueError, "offsets", ("contiguous", "(2,)")),
+        Bad(kind, {"offsets": offsets.to("meta")}, ValueError, "offsets", ("device cpu", f"'{name}'", "meta")),
+        Bad(kind, {"offsets": [2, 2, 5]}, TypeError, "offsets", ("torch.Tensor", "list"), api_only=True),
     ]
 
 
@@ -120,7 +159,8 @@ TABLE = [
     *(bad for kind in OPS for bad in bad_options(kind)),
     *bad_gate_up(),
     *(bad for kind in (DENSE, GROUPED) for bad in bad_operands(kind)),
-    *bad_offsets(),
+    *bad_backward(),
+    *(bad for kind in (GROUPED, BACKWARD) for bad in bad_offsets(kind)),
 ]
 
 
@@ -129,6 +169,13 @@ def call_api(kind: str, arguments: dict[str, Any]) -> Any:
     given = dict(arguments)
     if kind == SWIGLU:
         return fastfp8.swiglu_quantize(given.pop("gate_up"), given.pop("weight"), given.pop("limit"), **given)
+    if kind == BACKWARD:
+        gate_up, scale = given.pop("gate_up"), given.pop("gate_up_scale")
+        gate_up = gate_up if scale is None else ScaledTensor._trusted(gate_up, scale, (1, 128))
+        del given["error"]
+        return fastfp8.swiglu_backward_quantize(
+            given.pop("grad"), gate_up, given.pop("weight"), given.pop("limit"), **given
+        )
     a, b, a_scale, b_scale = (given.pop(name) for name in ("a", "b", "a_scale", "b_scale"))
     del given["error"]
     a = a if a is None else ScaledTensor._trusted(a, a_scale, (1, 128))
@@ -147,7 +194,7 @@ def name_of(bad: Bad) -> str:
 @pytest.mark.parametrize("kind", OPS)
 def test_good_arguments_are_good(kind: str) -> None:
     """Else the table would prove nothing."""
-    shape = (5, 300) if kind == SWIGLU else (5, 128)
+    shape = {SWIGLU: (5, 300), BACKWARD: (256, 384)}.get(kind, (5, 128))
     api, op = call_api(kind, good(kind)), call_op(kind, good(kind))
     assert (api if kind == SWIGLU else api[0]).shape == op[0].shape == shape
 
@@ -183,3 +230,9 @@ def test_blocks() -> None:
         with pytest.raises(ValueError, match="blocks") as caught:
             fastfp8.gemm_swiglu_quantize(left, right)
         assert_says(caught, f"fastfp8.gemm_swiglu_quantize: argument '{name}': expected blocks of {needed}, got")
+    for kind, first in ((SWIGLU, ()), (BACKWARD, (torch.ones(256, 64),))):
+        with pytest.raises(ValueError, match="blocks") as caught:
+            getattr(fastfp8, kind)(*first, square)
+        assert_says(
+            caught, f"fastfp8.{kind}: argument 'gate_up': expected blocks of (1, 128), got blocks of (128, 128)"
+        )

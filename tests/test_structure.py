@@ -20,6 +20,7 @@ OPS = (
     "dequantize",
     "quantize_both",
     "quantize_grouped_both",
+    "swiglu_backward_quantize",
     "requantize_transpose",
     "rmsnorm_quantize",
     "rmsnorm_quantize_transpose",

@@ -3,10 +3,13 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fastfp8, library) {
-  library.def("quantize(Tensor x, int[2] block=[1, 128], bool pow2=False, float eps=0.0) -> (Tensor, Tensor)");
+  // `rules` are those of a preset (fastfp8/presets.py), or ours.
   library.def(
-      "swiglu_quantize(Tensor gate_up, Tensor? weight=None, float? limit=None, bool pow2=False, float eps=0.0) -> "
+      "quantize(Tensor x, int[2] block=[1, 128], bool pow2=False, float eps=0.0, str rules=\"\") -> "
       "(Tensor, Tensor)");
+  library.def(
+      "swiglu_quantize(Tensor gate_up, Tensor? weight=None, float? limit=None, bool pow2=False, float eps=0.0, "
+      "Tensor? gate_up_scale=None) -> (Tensor, Tensor)");
   library.def(
       "dequantize(Tensor data, Tensor scale, int[2] block, ScalarType dtype=bfloat16, Tensor? add=None) -> Tensor");
   // Data and scale of x, then of its transpose, whose codes [K, tokens] are padded with zeros: to 16 tokens, or each
@@ -15,6 +18,12 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
   library.def(
       "quantize_grouped_both(Tensor x, Tensor offsets, Tensor(a!)? error, bool pow2=False, float eps=0.0) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The activation (its scale without elements if it is dense), the gradient of gate_up and that turned, each data and
+  // scale; the gradient of weight, without rows if there is none; where groups end in what is turned.
+  library.def(
+      "swiglu_backward_quantize(Tensor grad, Tensor gate_up, Tensor? gate_up_scale=None, Tensor? weight=None, "
+      "float? limit=None, Tensor? offsets=None, Tensor(a!)? error=None, bool pow2=False, float eps=0.0, "
+      "bool dense_activation=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("requantize_transpose(Tensor data, Tensor scale) -> (Tensor, Tensor)");
   library.def(
       "requantize_transpose.grouped(Tensor data, Tensor scale, Tensor offsets, Tensor(a!)? error) -> "

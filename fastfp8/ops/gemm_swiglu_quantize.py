@@ -13,7 +13,7 @@ from ..reference.gemm_swiglu_quantize import gemm_swiglu_quantize as reference_g
 from ..scaled_tensor import ScaledTensor
 from .gemm import A_BLOCK, check_product
 from .grouped_gemm import B_BLOCK, check_error, check_groups, word_for
-from .swiglu_quantize import RESULT_BLOCK, check_options, check_swiglu
+from .swiglu_quantize import ROW_BLOCK, check_options, check_swiglu
 
 _OP = "gemm_swiglu_quantize"
 
@@ -100,7 +100,7 @@ def gemm_swiglu_quantize(
     operands = (a.data, a.scale, b.data, b.scale, offsets, word_for(a.data))
     out = torch.ops.fastfp8.gemm_swiglu_quantize(*operands, weight, limit, pow2, eps, return_gate_up)
     data, scale, gate_up = out
-    quantized = ScaledTensor._trusted(data, scale, RESULT_BLOCK)
+    quantized = ScaledTensor._trusted(data, scale, ROW_BLOCK)
     return (quantized, gate_up) if return_gate_up else quantized
 
 
@@ -123,7 +123,7 @@ def _check(
     if b.shape[-2] % (2 * BLOCK):
         expected = f"2 F rows, F a multiple of {BLOCK}"
         raise value_error(_OP, "b", expected, f"shape {tuple(b.shape)}")
-    check_swiglu(_OP, weight, limit, eps, a.shape[0], a)
+    check_swiglu(_OP, weight, limit, eps, a.shape[0], a, "a")
 
 
 @torch.library.impl("fastfp8::gemm_swiglu_quantize", "CPU")
@@ -182,5 +182,5 @@ def _fake(
     _check(a, a_scale, b, b_scale, offsets, error, weight, limit, eps)
     rows, n = a.shape[0], b.shape[-2]
     data = a.new_empty((rows, n // 2), dtype=torch.float8_e4m3fn)
-    scale = empty_scale(a, scale_shape(rows, n // 2, RESULT_BLOCK), RESULT_BLOCK)
+    scale = empty_scale(a, scale_shape(rows, n // 2, ROW_BLOCK), ROW_BLOCK)
     return data, scale, a.new_empty((rows if return_gate_up else 0, n), dtype=torch.bfloat16)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import check_type, check_value
 from ..layout import BLOCK, Block, as_block, check_blocked, empty_scale, scale_shape_of
+from ..presets import Preset, Rules
 from ..reference.quantize import quantize as reference_quantize
 from ..scaled_tensor import ScaledTensor
 
@@ -16,7 +17,14 @@ _OP = "quantize"
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def quantize(x: Tensor, block: Sequence[int] = (1, BLOCK), *, pow2: bool = False, eps: float = 0.0) -> ScaledTensor:
+def quantize(
+    x: Tensor,
+    block: Sequence[int] = (1, BLOCK),
+    *,
+    pow2: bool = False,
+    eps: float = 0.0,
+    preset: Preset | None = None,
+) -> ScaledTensor:
     """Quantise ``x`` [R, C], or a stack [G, R, C] matrix by matrix, to float8_e4m3fn with one FP32 scale a block.
 
     Per block: ``amax`` is the largest finite absolute value; ``scale = amax / 448`` (IEEE division); a code is
@@ -32,20 +40,28 @@ def quantize(x: Tensor, block: Sequence[int] = (1, BLOCK), *, pow2: bool = False
         block: (1, 128) for activations and gradients, (128, 1) for Wgrad operands, (128, 128) for weights.
         pow2: round each scale up to a power of two; the multiplier is then its exact inverse.
         eps: a floor of amax, in units of ``x``: 1e-4 gives the codes of TileKernels.
+        preset: None, or one of :mod:`fastfp8.presets`: the codes and scales of another project bit for bit, its floor
+            of amax instead of ``eps`` included.
 
     Returns:
         ScaledTensor of ``data`` in the shape of ``x``, row-major, and ``scale`` [ceil(R / block[0]),
         ceil(C / block[1])], of a stack [G, ...]; its layout is in :mod:`fastfp8.layout`.
 
     Raises:
-        TypeError: ``x`` is not a tensor of such a dtype, ``pow2`` is no bool, or ``eps`` no number.
-        ValueError: ``x`` has other dimensions, the block is another, or ``eps`` is negative or not finite.
+        TypeError: ``x`` is not a tensor of such a dtype, ``pow2`` no bool, ``eps`` no number, or ``preset`` no Preset.
+        ValueError: ``x`` has other dimensions, the block is another, ``eps`` is negative or not finite, or it or
+            ``pow2`` is given beside a preset that has its own or none.
     """
     checked = as_block(block, _OP)
+    rules = ""
+    if preset is not None:
+        check_type(preset, Preset, _OP, "preset", "a fastfp8.presets.Preset or None")
+        check_value(eps == 0, _OP, "eps", f"0 with preset {preset.name}, whose floor is {preset.eps}", eps)
+        eps, rules = preset.eps, preset.rules.text
     if not torch.compiler.is_compiling():  # there the fake implementation checks: Dynamo cannot trace all of it
         check_options(_OP, pow2, eps)
-        _check(x, checked, eps)
-    data, scale = torch.ops.fastfp8.quantize(x, checked, pow2, eps)
+        _check(x, checked, pow2, eps, rules)
+    data, scale = torch.ops.fastfp8.quantize(x, checked, pow2, eps, rules)
     return ScaledTensor._trusted(data, scale, checked)
 
 
@@ -59,27 +75,44 @@ def check_eps(op: str, eps: float) -> None:
     check_value(0 <= eps < 2.0**100, op, "eps", "a number from 0 up to 2**100", eps)
 
 
-def _check(x: Tensor, block: Sequence[int], eps: float) -> Block:
+def _rules(pow2: bool, text: str) -> Rules | None:
+    """Those of a preset, or None for our own."""
+    if not text:
+        return None
+    rules = Rules.parse(_OP, text)
+    check_value(not pow2 or rules.pow2 != "none", _OP, "pow2", "False: this preset knows no powers of two", pow2)
+    return rules
+
+
+def _check(x: Tensor, block: Sequence[int], pow2: bool, eps: float, text: str) -> tuple[Block, Rules | None]:
     checked = as_block(block, _OP)
     check_blocked(x, _OP, "x", INPUT_DTYPES, checked)
     check_eps(_OP, eps)
-    return checked
+    return checked, _rules(pow2, text)
 
 
 @torch.library.impl("fastfp8::quantize", "CPU")
-def _cpu(x: Tensor, block: Sequence[int] = (1, BLOCK), pow2: bool = False, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    return reference_quantize(x, _check(x, block, eps), pow2, eps)
+def _cpu(
+    x: Tensor, block: Sequence[int] = (1, BLOCK), pow2: bool = False, eps: float = 0.0, rules: str = ""
+) -> tuple[Tensor, Tensor]:
+    checked, parsed = _check(x, block, pow2, eps, rules)
+    return reference_quantize(x, checked, pow2, eps, parsed)
 
 
 @torch.library.impl("fastfp8::quantize", "CUDA")
-def _cuda(x: Tensor, block: Sequence[int] = (1, BLOCK), pow2: bool = False, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+def _cuda(
+    x: Tensor, block: Sequence[int] = (1, BLOCK), pow2: bool = False, eps: float = 0.0, rules: str = ""
+) -> tuple[Tensor, Tensor]:
     from ..triton_kernels.quantize import quantize as triton_quantize
 
-    return triton_quantize(x, _check(x, block, eps), pow2, eps)
+    checked, parsed = _check(x, block, pow2, eps, rules)
+    return triton_quantize(x, checked, pow2, eps, parsed)
 
 
 @torch.library.register_fake("fastfp8::quantize")
-def _fake(x: Tensor, block: Sequence[int] = (1, BLOCK), pow2: bool = False, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    checked = _check(x, block, eps)
+def _fake(
+    x: Tensor, block: Sequence[int] = (1, BLOCK), pow2: bool = False, eps: float = 0.0, rules: str = ""
+) -> tuple[Tensor, Tensor]:
+    checked, _ = _check(x, block, pow2, eps, rules)
     data = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
     return data, empty_scale(x, scale_shape_of(x.shape, checked), checked)

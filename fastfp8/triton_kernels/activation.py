@@ -14,7 +14,7 @@ LOG2_E, ROUNDER = tl.constexpr(reference.LOG2_E), tl.constexpr(reference.ROUNDER
 LN_2_HIGH, LN_2_LOW = tl.constexpr(reference.LN_2_HIGH), tl.constexpr(reference.LN_2_LOW)
 C0, C1, C2, C3, C4 = (tl.constexpr(c) for c in reference.EXP_COEFFICIENTS)
 EXP_LEAST, EXP_MOST = tl.constexpr(reference.EXP_LEAST), tl.constexpr(reference.EXP_MOST)
-SILU_LEAST = tl.constexpr(reference.SILU_LEAST)
+SILU_LEAST, SLOPE_MOST = tl.constexpr(reference.SILU_LEAST), tl.constexpr(reference.SLOPE_MOST)
 
 
 @triton.jit
@@ -41,14 +41,43 @@ def silu(x):
 
 
 @triton.jit
+def silu_slope(x):
+    """The derivative of silu: see reference/activation.py."""
+    x = tl.where(x < SILU_LEAST, SILU_LEAST, x)
+    sigmoid = tl.div_rn(1.0, exp(-x) + 1.0)
+    return sigmoid * (1.0 + tl.where(x > SLOPE_MOST, SLOPE_MOST, x) * (1.0 - sigmoid))
+
+
+@triton.jit
+def clamped(gate, up, limit):
+    """``limit`` may be infinite. A NaN passes."""
+    return tl.where(gate > limit, limit, gate), tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+
+
+@triton.jit
 def swiglu(gate, up, weight, limit):
     """``silu(gate) * up * weight`` of FP32, gate and up clamped by ``limit`` first, which may be infinite.
 
     ``weight`` is of a shape that broadcasts, or None.
     """
-    gate = tl.where(gate > limit, limit, gate)
-    up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+    gate, up = clamped(gate, up, limit)
     out = silu(gate) * up
     if weight is not None:
         out *= weight
     return out
+
+
+@triton.jit
+def swiglu_backward(grad, gate, up, weight, limit):
+    """The value of swiglu, ``grad`` times that without weight, and the gradients of gate and up."""
+    gate_given, up_given = gate, up
+    gate, up = clamped(gate, up, limit)
+    silu_gate = silu(gate)
+    value = silu_gate * up
+    products = grad * value
+    if weight is not None:
+        grad *= weight
+        value *= weight
+    grad_up = tl.where(tl.abs(up_given) > limit, 0.0, grad * silu_gate)
+    grad_gate = tl.where(gate_given > limit, 0.0, (grad * up) * silu_slope(gate))
+    return value, products, grad_gate, grad_up

@@ -8,8 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layout import Block, as_matrices, empty_scale, scale_shape_of
+from ..presets import Rules
 from ..reference.quantize import AMAX_FLOOR
 from . import TILES, require_fp8, tile_indices
+from .presets import OURS, constants, magnitude_bits, scale_and_scaled
 
 # For this one Triton before 3.9 converts FP32 to e4m3 by way of FP16, truncating: 0.28 % of the codes of normal BF16
 # data would be wrong (counted on a CPU).
@@ -52,6 +54,15 @@ def to_e4m3(values, STICKY: tl.constexpr):
 
 
 @triton.jit
+def block_max(magnitude, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    if BLOCK_COLS > 1:
+        magnitude = tl.max(magnitude, 1, keep_dims=True)
+    if BLOCK_ROWS > 1:
+        magnitude = tl.max(magnitude, 0, keep_dims=True)
+    return magnitude
+
+
+@triton.jit
 def quantize_kernel(
     x,
     data,
@@ -63,29 +74,41 @@ def quantize_kernel(
     scale_row_stride,
     scale_col_stride,
     floor,
+    largest_multiplier,
     POW2: tl.constexpr,
     STICKY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLS: tl.constexpr,
+    SCALE: tl.constexpr,
+    CODES: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    ONE: tl.constexpr,
+    NAN_BLOCK: tl.constexpr,
+    FOR_NAN: tl.constexpr,
 ):
+    """By our rules or, of another SCALE, by those of a preset, of which only these have a ``largest_multiplier``."""
     row, col, block_row, block_col = tile_indices(cols, TILE_ROWS, TILE_COLS, BLOCK_ROWS, BLOCK_COLS)
     inside = (row < rows) & (col < cols)
     values = tl.load(x + row * x_row_stride + col * x_col_stride, mask=inside, other=0.0).to(tl.float32)
 
-    amax = finite_magnitude(values)
-    if BLOCK_COLS > 1:
-        amax = tl.max(amax, 1, keep_dims=True)
-    if BLOCK_ROWS > 1:
-        amax = tl.max(amax, 0, keep_dims=True)
-    block_scale, multiplier = scale_and_multiplier(amax, floor, POW2)
-    tl.store(data + row * cols + col, to_e4m3(values * multiplier, STICKY), mask=inside)
+    if SCALE == OURS:
+        amax = block_max(finite_magnitude(values), BLOCK_ROWS, BLOCK_COLS)
+        block_scale, multiplier = scale_and_multiplier(amax, floor, POW2)
+        values *= multiplier
+    else:
+        bits = block_max(magnitude_bits(values, NAN_BLOCK), BLOCK_ROWS, BLOCK_COLS)
+        amax = bits.to(tl.float32, bitcast=True)
+        block_scale, values = scale_and_scaled(
+            values, amax, floor, largest_multiplier, POW2, SCALE, CODES, ROUNDING, ONE, FOR_NAN
+        )
+    tl.store(data + row * cols + col, to_e4m3(values, STICKY), mask=inside)
     in_scale = (block_row * BLOCK_ROWS < rows) & (block_col * BLOCK_COLS < cols)
     tl.store(scale + block_row * scale_row_stride + block_col * scale_col_stride, block_scale, mask=in_scale)
 
 
-def quantize(x: Tensor, block: Block, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, block: Block, pow2: bool, eps: float, rules: Rules | None = None) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.quantize`; arguments are checked already."""
     capability = require_fp8("quantize", x.device)
     data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
@@ -104,13 +127,15 @@ def quantize(x: Tensor, block: Block, pow2: bool, eps: float) -> tuple[Tensor, T
                 cols,
                 *x_matrix.stride(),
                 *scale_matrix.stride(),
-                max(eps, AMAX_FLOOR),
+                max(eps, AMAX_FLOOR) if rules is None else eps,
+                torch.finfo(x.dtype).max,
                 POW2=pow2,
                 STICKY=capability == FP16_CAPABILITY,
                 BLOCK_ROWS=block[0],
                 BLOCK_COLS=block[1],
                 TILE_ROWS=tile.rows,
                 TILE_COLS=tile.cols,
+                **constants(rules),
                 num_warps=tile.num_warps,
                 enable_fp_fusion=False,
             )

@@ -56,6 +56,16 @@ def tokens_of_tile(
 
 
 @triton.jit
+def store_turned(values, data_t, token, col, cols, pitch_t, STICKY: tl.constexpr):
+    """Write the codes of multiplied ``values`` [R, C], of columns ``col`` [1, C], turned, as tokens ``token`` [1, R].
+
+    Rows without a token must hold zeros: they are written as far as rows of the transpose, ``pitch_t`` codes, go.
+    """
+    codes, feature = tl.trans(to_e4m3(values, STICKY)), tl.trans(col)
+    tl.store(data_t + feature * pitch_t + token, codes, mask=(feature < cols) & (token < pitch_t))
+
+
+@triton.jit
 def store_transposed(
     values,
     magnitude,
@@ -71,15 +81,10 @@ def store_transposed(
     STICKY: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Quantise a tile [TILE, TILE] along its columns ``col`` [1, TILE] and write it turned, as block ``tile``.
-
-    Rows without a token must hold zeros: they are written as far as rows of the transpose, ``pitch_t`` codes, go.
-    """
+    """Quantise a tile [TILE, TILE] along its columns ``col`` [1, TILE] and write it turned, as block ``tile``."""
     block_scale, multiplier = scale_and_multiplier(tl.max(magnitude, 0, keep_dims=True), floor, POW2)
-    codes = tl.trans(to_e4m3(values * multiplier, STICKY))
-    feature = tl.trans(col)
     token = tile.to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
-    tl.store(data_t + feature * pitch_t + token, codes, mask=(feature < cols) & (token < pitch_t))
+    store_turned(values * multiplier, data_t, token, col, cols, pitch_t, STICKY)
     tl.store(scale_t + col + tile.to(tl.int64) * scale_t_pitch, block_scale, mask=col < cols)
 
 

@@ -19,8 +19,40 @@ _BLOCK: Block = (1, BLOCK)
 
 
 @triton.jit
+def load_scaled(
+    data,
+    scale,
+    row,
+    col,
+    first_col,
+    rows,
+    cols,
+    row_stride,
+    col_stride,
+    scale_pitch,
+    BLOCK: tl.constexpr,
+):
+    """FP32 elements ``row`` [R, 1] by ``col`` [1, BLOCK], which begin at ``first_col`` [1, 1].
+
+    Zeros from ``rows`` and from ``cols`` on. With ``scale``, that of (1, BLOCK) blocks, code times scale; the columns
+    may lie in two of these blocks.
+    """
+    inside = (row < rows) & (col < cols)
+    values = tl.load(data + row * row_stride + col * col_stride, mask=inside, other=0.0).to(tl.float32)
+    if scale is not None:
+        block = first_col // BLOCK
+        factor = tl.load(scale + row + block * scale_pitch, mask=(row < rows) & (first_col < cols), other=0.0)
+        edge = (block + 1) * BLOCK
+        in_two = (row < rows) & (first_col % BLOCK != 0) & (edge < cols)
+        after = tl.load(scale + row + (block + 1) * scale_pitch, mask=in_two, other=0.0)
+        values *= tl.where(col < edge, factor, after)
+    return values
+
+
+@triton.jit(do_not_specialize=["gate_up_scale_pitch"])
 def swiglu_quantize_kernel(
     gate_up,
+    gate_up_scale,
     weight,
     data,
     scale,
@@ -28,6 +60,7 @@ def swiglu_quantize_kernel(
     cols,
     row_stride,
     col_stride,
+    gate_up_scale_pitch,
     weight_stride,
     scale_col_stride,
     limit,
@@ -40,8 +73,10 @@ def swiglu_quantize_kernel(
     """``cols`` is F: up begins there. A tile is one block wide."""
     row, col, block_row, block_col = tile_indices(cols, TILE_ROWS, TILE_COLS, 1, TILE_COLS)
     inside = (row < rows) & (col < cols)
-    gate = tl.load(gate_up + row * row_stride + col * col_stride, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * row_stride + (col + cols) * col_stride, mask=inside, other=0.0).to(tl.float32)
+    first, end, pitch = block_col * TILE_COLS, 2 * tl.cast(cols, tl.int64), gate_up_scale_pitch
+    gate = load_scaled(gate_up, gate_up_scale, row, col, first, rows, cols, row_stride, col_stride, pitch, TILE_COLS)
+    col_up, first_up = col + cols, first + cols
+    up = load_scaled(gate_up, gate_up_scale, row, col_up, first_up, rows, end, row_stride, col_stride, pitch, TILE_COLS)
     factor = None
     if weight is not None:
         factor = tl.load(weight + row * weight_stride, mask=row < rows, other=0.0)
@@ -54,7 +89,12 @@ def swiglu_quantize_kernel(
 
 
 def swiglu_quantize(
-    gate_up: Tensor, weight: Tensor | None, limit: float | None, pow2: bool, eps: float
+    gate_up: Tensor,
+    weight: Tensor | None,
+    limit: float | None,
+    pow2: bool,
+    eps: float,
+    gate_up_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.swiglu_quantize`; arguments are checked already."""
     capability = require_fp8("swiglu_quantize", gate_up.device)
@@ -67,12 +107,14 @@ def swiglu_quantize(
     with torch.cuda.device_of(gate_up):
         swiglu_quantize_kernel[tile.grid(rows, cols)](
             gate_up,
+            gate_up_scale,
             weight,
             data,
             scale,
             rows,
             cols,
             *gate_up.stride(),
+            0 if gate_up_scale is None else gate_up_scale.stride(1),
             0 if weight is None else weight.stride(0),
             scale.stride(1),
             math.inf if limit is None else limit,

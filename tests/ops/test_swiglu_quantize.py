@@ -37,10 +37,15 @@ def swiglu(gate_up: Tensor, weight: Tensor | None = None, limit: float | None = 
 
 
 def check(
-    b: Backend, gate_up: Tensor, weight: Tensor | None = None, limit: float | None = None, **options: Any
+    b: Backend,
+    gate_up: Tensor | ScaledTensor,
+    weight: Tensor | None = None,
+    limit: float | None = None,
+    **options: Any,
 ) -> ScaledTensor:
     t = b.swiglu_quantize(gate_up, weight, limit, **options)
-    codes, scale = oracle(swiglu(gate_up, weight, limit), BLOCK, **options)
+    values = gate_up.dequantize() if isinstance(gate_up, ScaledTensor) else gate_up
+    codes, scale = oracle(swiglu(values, weight, limit), BLOCK, **options)
     assert t.block == BLOCK
     assert_same_bits(t.scale, scale, f"scale, {options}")
     assert_same_bits(t.data, codes, f"data, {options}")
@@ -67,6 +72,25 @@ def test_values(name: str, kind: str, dtype: torch.dtype) -> None:
     x = as_tensor(make(kind, (34, 272)), dtype)
     for turn, options in enumerate(OPTIONS):
         check(backend(name), x, weights(34) if turn % 2 else None, (None, 7.0, 0.1)[turn % 3], **options)
+
+
+@pytest.mark.parametrize("f", [1, 64, 100, 128, 200, 384, 0])
+@pytest.mark.parametrize("name", backend_params())
+def test_gate_and_up_in_fp8(name: str, f: int) -> None:
+    """Also where a block has columns of both, and where one of up begins within a block of the result."""
+    for turn, kind in enumerate(["normal", "mixed"]):
+        t = fastfp8.quantize(as_tensor(make(kind, (21, 2 * f), f), torch.bfloat16), pow2=turn == 1)
+        check(backend(name), t, weights(21) if turn else None, (None, 2.5)[turn], **OPTIONS[turn])
+    wide = fastfp8.quantize(as_tensor(make("normal", (2 * f, 21)), torch.float32).t())
+    wide.data = wide.data.t().contiguous().t()
+    check(backend(name), wide)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", backend_params(["emulator"]))
+def test_gate_and_up_in_fp8_as_compiled_for_hopper(name: str, seed: int) -> None:
+    t = fastfp8.quantize(as_tensor(make(("mixed", "normal")[seed], (37, (512, 600)[seed]), seed), torch.bfloat16))
+    check(Emulator(seed=seed), t, weights(37), (None, 0.7)[seed])
 
 
 @pytest.mark.parametrize("name", backend_params())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastfp8.reference import activation
-from fastfp8.reference.activation import exp, silu, swiglu
+from fastfp8.reference.activation import exp, silu, silu_slope, swiglu, swiglu_backward
 
 INF, NAN = math.inf, math.nan
 
@@ -46,6 +46,25 @@ def test_silu_is_within_two_and_a_half_ulp() -> None:
     normal = np.abs(exact) >= 2.0**-126
     assert ulps(silu(x)[torch.from_numpy(normal)], exact[normal]) < 2.5
     assert np.abs(silu(x).double().numpy() - exact)[~normal].max() < 2.0**-148
+
+
+def test_the_slope_of_silu() -> None:
+    """Beside float64. The largest error is where ``1 - s`` has few digits, near 16; at -1.278 it crosses zero."""
+    x = values(300_000)
+    wide = x.double().numpy()
+    sigmoid = 1 / (1 + np.exp(-wide))
+    exact = sigmoid * (1 + wide * (1 - sigmoid))
+    error = np.abs(silu_slope(x).double().numpy() - exact)
+    assert error.max() < 17 * 2.0**-24
+    assert (error / (np.abs(exact) + sigmoid / 10)).max() < 18 * 2.0**-24
+
+
+def test_special_values_of_the_slope() -> None:
+    x = torch.tensor([INF, 3e38, 89.0, 16.64, 0.0, -0.0, -88.4, -89.0, -3e38, -INF])
+    out = silu_slope(x)
+    assert out.tolist() == [1, 1, 1, 1, 0.5, 0.5, 0, 0, 0, 0]
+    assert out.signbit().tolist() == [False] * 6 + [True] * 4
+    assert silu_slope(torch.tensor([NAN, -NAN])).isnan().all()
 
 
 def test_special_values() -> None:
@@ -84,6 +103,13 @@ def test_16_bits_have_the_results_of_32(dtype: torch.dtype, limit: float | None)
     narrow, wide = swiglu(gate, up, None, limit), swiglu(gate.float(), up.float(), None, limit)
     same = (narrow.view(torch.int32) == wide.view(torch.int32)) | (narrow.isnan() & wide.isnan())
     assert same.all()
+    grad, weight = torch.full_like(up, 0.75), torch.tensor([0.3])
+    wide_arguments = grad.float(), gate.float(), up.float()
+    pairs = zip(
+        swiglu_backward(grad, gate, up, weight, limit), swiglu_backward(*wide_arguments, weight, limit), strict=True
+    )
+    for narrow, wide in pairs:
+        assert ((narrow.view(torch.int32) == wide.view(torch.int32)) | (narrow.isnan() & wide.isnan())).all()
 
 
 def test_exp_by_the_fma_of_libm() -> None:
