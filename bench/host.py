@@ -34,13 +34,18 @@ SECONDS = 120  # for all samples of a program
 
 # Each program times one thing of others' beside: where that moves alike, the machine changed.
 LAUNCH = "host cost of a launch"
-PARTS = (*(f"{LAUNCH}: {part}" for part in ("make_problem", "select", "plan", "driver")), LAUNCH)
+PARTS = (*(f"{LAUNCH}: {part}" for part in ("make_problem", "select", "plan", "recall", "driver")), LAUNCH)
 VECTORS = "16 vectors made"
 # Ways to call; that of HOST_OP is torch.ops.fastfp8.gemm from Python, as it is on a GPU.
 PUBLIC, DISPATCHED = "host cost of fastfp8.gemm", "host cost of a call from C++"
-CALLED = (HOST_OP, PUBLIC, DISPATCHED)
+# Called like HOST_OP: what torch itself takes for an op of the same arguments.
+NOTHING = "host cost of an op with gemm's schema that does nothing"
+CALLED = (HOST_OP, PUBLIC, DISPATCHED, NOTHING)
 ALIAS = "torch.ops.aten.alias"
-LAUNCH_NOTE = "a launch is from views of the tensors to cuLaunchKernelEx of a pretended driver"
+LAUNCH_NOTE = (
+    "a launch is from views of the tensors to cuLaunchKernelEx of a pretended driver, of a shape that was launched "
+    "before: its plan is recalled, where a new one is selected and planned"
+)
 CALL_NOTE = "on tensors of a pretended GPU, with a pretended driver"
 
 
@@ -184,6 +189,7 @@ def main(library: str, samples: int, calls: int) -> None:
         lambda: seconds(lambda: torch.ops.fastfp8.gemm(*operands)),
         lambda: seconds(lambda: fastfp8.gemm(a, b)),
         lambda: float(pretended.seconds_of_gemm(m, n, k, calls)),
+        lambda: seconds(lambda: torch.ops.fastfp8_pretended.nothing(*operands)),
         lambda: seconds(lambda: torch.ops.aten.alias(data[0])),
     ]
     found: Times = {op: [] for op in (*CALLED, ALIAS)}

@@ -6,6 +6,8 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
 #include <torch/library.h>
 
 #include <chrono>
@@ -47,6 +49,13 @@ at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, s
                                            c10::DispatchKeySet(c10::DispatchKey::CUDA), dtype.value_or(at::kFloat));
 }
 
+// An op with the schema of fastfp8::gemm, through torch's stable ABI like it.
+using Stable = torch::stable::Tensor;
+Stable nothing(const Stable& a, const Stable&, const Stable&, const Stable&, torch::headeronly::IntHeaderOnlyArrayRef,
+               at::ScalarType, const std::optional<Stable>&, std::optional<int64_t>) {
+  return a;
+}
+
 at::Tensor matrix(int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride, at::ScalarType dtype) {
   return empty_strided(c10::fromIntArrayRefSlow({rows, columns}), c10::fromIntArrayRefSlow({row_stride, column_stride}),
                        dtype, {}, {}, {});
@@ -64,6 +73,13 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("empty.memory_format", empty);
   library.impl("empty_strided", empty_strided);
 }
+
+STABLE_TORCH_LIBRARY(fastfp8_pretended, library) {
+  library.def(
+      "nothing(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, int[2] b_block=[128, 128], "
+      "ScalarType out_dtype=bfloat16, Tensor? c=None, int? num_sms=None) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastfp8_pretended, CUDA, library) { library.impl("nothing", TORCH_BOX(&nothing)); }
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 

@@ -43,21 +43,48 @@ class Code:
         return Counter(i.opcode for i in self.instructions)
 
     def loop(self, opcode: str) -> list[Instruction] | None:
-        """The shortest span that a branch back goes over again and that holds every ``opcode``.
+        """Of the innermost spans that a branch back goes over again, the one that holds ``opcode`` most often.
 
         What the compiler moved out of the loop's span, such as the tail of a wait, is not in it; what it holds for one
         turn in many is.
         """
+        spans = set()
         wanted = [i.address for i in self.instructions if i.opcode == opcode]
-        spans = []
         for branch in (i for i in self.instructions if i.opcode == "BRA"):
-            target = self.labels.get(next(iter(_TARGET.findall(branch.operands)), ""))
-            if wanted and target is not None and target <= wanted[0] and wanted[-1] < branch.address:
-                spans.append((branch.address - target, target, branch.address))
-        if not spans:
+            start = self.labels.get(next(iter(_TARGET.findall(branch.operands)), ""))
+            if start is not None and any(start <= address < branch.address for address in wanted):
+                spans.add((start, branch.address))
+        innermost = [s for s in spans if not any(s[0] <= t[0] and t[1] <= s[1] for t in spans - {s})]
+        if not innermost:
             return None
-        _, start, end = min(spans)
+        # Where a wait's tail goes back into a loop, there seems to be a longer one from there.
+        start, end = max(innermost, key=lambda s: (sum(s[0] <= address <= s[1] for address in wanted), s[0] - s[1]))
         return [i for i in self.instructions if start <= i.address <= end]
+
+
+class Mix(NamedTuple):
+    """The main loop of a GEMM kernel: how many k-blocks it takes a turn, and its instructions in one of them."""
+
+    blocks: int
+    qgmma: float
+    ffma: float
+    others: float
+
+    @property
+    def share(self) -> float:
+        """Others, % of FFMA."""
+        return 100 * self.others / self.ffma
+
+
+def mix(code: Code, passes: int) -> Mix | None:
+    """Every instruction of the loop's span counts as executed. Four wgmma make a pass of a k-block."""
+    loop = code.loop("QGMMA")
+    if loop is None:
+        return None
+    count = Counter(i.opcode for i in loop)
+    blocks = count["QGMMA"] // (4 * passes)
+    others = len(loop) - count["QGMMA"] - count["FFMA"]
+    return Mix(blocks, count["QGMMA"] / blocks, count["FFMA"] / blocks, others / blocks)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,38 @@ ROW, SQUARE = (1, BLOCK), (BLOCK, BLOCK)
 # What each thread may have: 384 threads of 168 registers are all that an SM has, and nothing may spill.
 BARS = {"registers": 168.0, "bytes of stack": 0.0, "bytes of spills": 0.0, "LDL and STL": 0.0}
 MODEL_NOTE = f"{SMS} SMs; the model's constants are what others measured on an H100"
+# Other instructions than QGMMA and FFMA in the consumers' main loop, % of its FFMA: the most that a kernel may have, by
+# the end of its name, and why where that is over 30. They are what there is with the nvcc of build_kernels.WHEELS. A
+# k-block has 8 sums of descriptors, 2 to order wgmma, 3 for the barriers and a NOP, whatever the tile.
+GOAL_OF_OTHERS = 30.0
+_ROW = "a scale a column: one FMUL an FFMA, and a load of each pair of columns' scales"
+_FEW = "what a k-block always has, and its scales, over so few FFMA"
+_SWAPPED = "operands swapped: few FFMA, and half as many FMUL, for a row of A is a column of wgmma"
+_ANYWHERE = f"{_SWAPPED}; rows of groups begin anywhere, so that no load takes the scales of two"
+MOST_OTHERS: dict[str, tuple[float, str]] = {
+    r"(row|wgrad)_\w+_128x128(_pair)?": (155.5, _ROW),
+    r"row_\w+_(64x128|128x64)": (180.0, _ROW),
+    r"row_\w+_64x64": (234.0, f"{_ROW}; {_FEW}"),
+    r"(block|grouped)_\w+_(64x128|128x64)": (67.0, f"32 FFMA: {_FEW}"),
+    r"block_\w+_64x64": (133.0, f"16 FFMA: {_FEW}"),
+    r"block_\w+_64x64_split": (375.0, f"16 FFMA: {_FEW}; a segment of K is mostly shorter than a turn of the ring"),
+    r"block_\w+_32x128": (182.5, _SWAPPED),
+    r"block_\w+_16x128": (289.5, _SWAPPED),
+    r"grouped_\w+_32x128": (208.0, _ANYWHERE),
+    r"grouped_\w+_16x128": (316.0, _ANYWHERE),
+    r"\w+": (GOAL_OF_OTHERS, ""),
+}
+
+
+def most_others(kernel: str) -> tuple[float, str]:
+    return next(most for name, most in MOST_OTHERS.items() if re.fullmatch(f"gemm_sm90_{name}", kernel))
+
+
+def passes(kernel: str) -> int:
+    """Of 128 columns of wgmma, that a consumer of the kernel takes one after the other."""
+    return 2 if re.search(r"_128x256(_pair)?$", kernel) else 1
+
+
 # Opcodes of a kernel that are worth a row: tensor core, promotion, scaling, fences, barriers, local memory.
 OPCODES = {
     "QGMMA": ("QGMMA",),
@@ -81,7 +114,23 @@ def _built(module: str, kernel: str, _: Session) -> list[Row]:
         "bytes of shared memory": plans()[kernel].shared_bytes,
     }
     more, note = _instructions(KERNELS / f"{module}.cubin", kernel)
-    return _rows(kernel, "", CUDA, values | more, note)
+    return _rows(kernel, "", CUDA, values | more, note) + _mix(KERNELS / f"{module}.cubin", kernel)
+
+
+K_BLOCKS, OTHERS, SHARE = "k-blocks a turn of the main loop", "others a k-block", "others, % of FFMA"
+
+
+def _mix(cubin: Path, kernel: str) -> list[Row]:
+    try:
+        found = sass.mix(sass.code(cubin, kernel), passes(kernel))
+    except Unavailable:
+        return []
+    if found is None:
+        return []
+    bar, reason = most_others(kernel)
+    values = {K_BLOCKS: found.blocks, OTHERS: found.others, SHARE: found.share}
+    rows = _rows(kernel, "", CUDA, values, reason or None)
+    return [dataclasses.replace(row, bar=bar) if row.unit == SHARE else row for row in rows]
 
 
 def _instructions(cubin: Path, kernel: str) -> tuple[dict[str, float], str | None]:
@@ -153,29 +202,41 @@ def _view(t: torch.Tensor) -> _C.TensorView:
     return _C.TensorView(str(t.dtype).removeprefix("torch."), list(t.shape), list(t.stride()), 0, 1 << 20)
 
 
-@functools.cache
 def plans() -> dict[str, _C.LaunchPlan]:
     """A launch of each instance of the GEMM kernel, by the kernel's name."""
-    found: dict[str, _C.LaunchPlan] = {}
+    return {kernel: plan for kernel, (_, plan) in _launches().items()}
+
+
+def configs() -> dict[str, _C.GemmConfig]:
+    """The config of each of ``plans``."""
+    return {kernel: config for kernel, (config, _) in _launches().items()}
+
+
+_Launches = dict[str, tuple[_C.GemmConfig, _C.LaunchPlan]]
+
+
+@functools.cache
+def _launches() -> _Launches:
+    found: _Launches = {}
     for b_block in (SQUARE, ROW):
         for out_dtype in ("bfloat16", "float32"):
             asked = problem(2 * BLOCK, 2 * BLOCK, 4 * BLOCK, b_block, out_dtype)
-            found |= _plans_of(asked)
+            found |= _launches_of(asked)
     for out_dtype in ("bfloat16", "float32"):
-        found |= _plans_of(grouped_problem(2 * BLOCK, 2, 2 * BLOCK, 4 * BLOCK, out_dtype))
-        found |= _plans_of(wgrad_problem(2 * BLOCK, 2 * BLOCK, 8 * BLOCK, 2, out_dtype))
+        found |= _launches_of(grouped_problem(2 * BLOCK, 2, 2 * BLOCK, 4 * BLOCK, out_dtype))
+        found |= _launches_of(wgrad_problem(2 * BLOCK, 2 * BLOCK, 8 * BLOCK, 2, out_dtype))
     products = (
         problem(2 * BLOCK, 2 * BLOCK, 4 * BLOCK, SQUARE, "bfloat16"),
         grouped_problem(2 * BLOCK, 2, 2 * BLOCK, 4 * BLOCK, "bfloat16"),
     )
     for product in products:
-        found |= _plans_of(product.with_swiglu(None, None, False, 0.0, True))
+        found |= _launches_of(product.with_swiglu(None, None, False, 0.0, True))
     return found
 
 
-def _plans_of(asked: _C.GemmProblem) -> dict[str, _C.LaunchPlan]:
-    plans = [_C.gemm_plan(asked, config) for config, _ in _C.gemm_candidates(asked)]
-    return {plan.kernel: plan for plan in plans}
+def _launches_of(asked: _C.GemmProblem) -> _Launches:
+    made = [(config, _C.gemm_plan(asked, config)) for config, _ in _C.gemm_candidates(asked)]
+    return {plan.kernel: (config, plan) for config, plan in made}
 
 
 def describe(config: _C.GemmConfig) -> str:

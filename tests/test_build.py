@@ -11,7 +11,7 @@ import build_kernels as build
 import pytest
 
 import fastfp8
-from bench import sass
+from bench import sass, static
 from bench.case import Unavailable
 from fastfp8 import _C, backends
 from fastfp8.backends import KERNELS
@@ -54,17 +54,23 @@ def test_sass_of_the_mainloop(module, kernel):
     passes, columns = max(1, columns // 128), min(columns, 128)
     code = code_of(module, kernel)
     count = code.opcodes
+    split = kernel.endswith("_split")
+    turn = 1 if split else static.configs()[kernel].stages  # k-blocks that the main loop takes a turn
+    copies = turn + (not split)  # of the code of a k-block: those of a turn, and one for k-blocks that make none
     assert count["LDL"] + count["STL"] == 0, "local memory"
     matrix = [i.name + i.operands for i in code.instructions if i.opcode == "QGMMA"]
-    assert len(matrix) == 4 * passes
+    assert len(matrix) == 4 * passes * copies
     assert all(f"QGMMA.64x{columns}x32.F32.E4M3.E4M3" in line for line in matrix)
-    assert ["!UPT" in line for line in matrix] == passes * [True, False, False, False], "a pass starts from zero"
-    assert count["FFMA"] == passes * columns // 2, "promotion: one FFMA for each of a thread's accumulators"
-    loop = [i.opcode for i in code.loop("QGMMA")]
-    assert (loop.count("QGMMA"), loop.count("FFMA")) == (4 * passes, passes * columns // 2)
+    assert ["!UPT" in line for line in matrix] == copies * passes * [True, False, False, False], (
+        "a pass starts from zero"
+    )
+    assert count["FFMA"] == copies * passes * columns // 2, "promotion: one FFMA for each of a thread's accumulators"
+    mix = sass.mix(code, passes)
+    assert mix[:3] == (turn, 4 * passes, passes * columns // 2)
     by_row = "_row_" in kernel or "_wgrad_" in kernel
-    assert count["FMUL"] == (columns // 2 if by_row else columns // 4 if swapped else 2 * passes), "scale_a * scale_b"
-    pair, split = kernel.endswith("_pair"), kernel.endswith("_split")
+    pair, scaler = kernel.endswith("_pair"), tile_m == tile_n == 128 and not by_row
+    products = columns // 2 if by_row else columns // 4 if swapped else 2 * passes
+    assert count["FMUL"] == (4 if scaler else copies * products), "scale_a * scale_b; a scaler has four rows a lane"
     assert count["UTMALDG"] == (4 if by_row else 3) + (tile_n == 256 and not pair)
     assert sum("MULTICAST" in i.name for i in code.instructions) == pair
     assert count["UCGABAR_ARV"] == (2 if pair or split else 0), "clusters meet at the start and at the end only"
@@ -82,16 +88,27 @@ def test_sass_of_swiglu(module, kernel):
     code = code_of(module, kernel)
     count = code.opcodes
     assert count["LDL"] + count["STL"] == 0, "local memory"
+    turn = static.configs()[kernel].stages
+    assert sass.mix(code, 2)[:3] == (turn, 8, 128)
     loop = [i.opcode for i in code.loop("QGMMA")]
-    assert (loop.count("QGMMA"), loop.count("FFMA")) == (8, 128)
     assert not loop.count("MUFU"), "no work of the epilogue in the main loop"
     # Two more rows of a thread have a scale and a multiplier each, and those of scales by powers of two a scale again.
     assert 64 <= count["FCHK"] <= 64 + 6, "one IEEE division an element"
-    assert count["FFMA"] >= 128 + 64 * 9
+    assert count["FFMA"] >= 128 * (turn + 1) + 64 * 9
     assert not [i.name for i in code.instructions if i.name.startswith("MUFU") and ".EX2" in i.name], "exp is our own"
     assert count["STSM"] == 16, "gate and up: 64 rows of 256 columns of BF16, if they are asked for"
     assert count["UTMASTG"] == 5, "four panels of gate and up, one of codes"
     assert sum("MULTICAST" in i.name for i in code.instructions) == kernel.endswith("_pair")
+
+
+@pytest.mark.parametrize(("module", "kernel"), [names for names in ALL if names[1].startswith("gemm_")])
+def test_other_instructions_of_the_mainloop(module, kernel):
+    """At most 30 % of FFMA; where that cannot be had as few as there were: static.MOST_OTHERS says why."""
+    most, reason = static.most_others(kernel)
+    assert bool(reason) == (most > static.GOAL_OF_OTHERS)
+    found = sass.mix(code_of(module, kernel), static.passes(kernel)).share
+    assert found <= most, reason
+    assert found > 0.85 * most, "fewer: lower the bar"
 
 
 def test_the_build_refuses_local_memory_and_serialised_wgmma():

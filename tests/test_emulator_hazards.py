@@ -23,6 +23,7 @@ pytestmark = backend_params(["emulator"])[0].marks
 
 SEEDS = range(4)
 ALONE, PAIR, SPLIT, WIDE, WGRAD = "128x64", "128x128 pair", "64x64 split", "128x256", "wgrad"
+SCALER = "128x128"
 
 # What is broken: (pattern, replacement, words of the report). None for words: any report will do, or wrong bits.
 Broken = tuple[str, str, str | None]
@@ -64,7 +65,6 @@ BROKEN_PAIRS: dict[str, Broken] = {
     "multicast without the peer": (r"mov\.u16 (\s*%rs\d+), 3;", r"mov.u16 \1, 1;", "hangs"),
     "the empty barriers count one CTA": (r"mov\.u32 (\s*%r\d+), 16;", r"mov.u32 \1, 8;", None),
 }
-_REMOTE = r"mapa\.shared::cluster\.u32 remote, \S+, \S+;\s*"
 BROKEN_SPLITS: dict[str, Broken] = {
     "sums are told of before all are there": (r"bar\.sync %r\d+, %r\d+;", "", "race"),
     "peers are not waited for": (
@@ -73,8 +73,8 @@ BROKEN_SPLITS: dict[str, Broken] = {
         None,
     ),
     "sums are overwritten while a peer reads": (
-        rf"({_REMOTE})mbarrier\.arrive\.release\.cta\.shared::cluster\.b64 _, \[remote\];",
-        r"\1",
+        r"mbarrier\.arrive\.release\.cta\.shared::cluster\.b64 _, \[%r\d+\];",
+        "",
         "hangs",
     ),
     "a CTA ends while a peer reads its sums": (rf"(?s)({_MEETING}.*?){_MEETING}", r"\1\3", "exited"),
@@ -85,6 +85,26 @@ BROKEN_WIDE: dict[str, Broken] = {
         r"(?s)(cp\.async\.bulk\.wait_group\.read 0;.*?)cp\.async\.bulk\.wait_group\.read 0;",
         r"\1",
         "still being read",
+    ),
+}
+# What the scaler does lies between two of its waits, around its stores.
+_PRODUCTS = r"(?=(?:(?!mbarrier\.)[\s\S])*?st\.shared\.v2\.f32)"
+_WRITTEN = r"(st\.shared\.v2\.f32(?:(?!st\.shared\.v2|mbarrier\.)[\s\S])*?)"
+BROKEN_SCALER: dict[str, Broken] = {
+    "the scaler does not wait for the scales": (
+        rf"mbarrier\.try_wait\.parity\S* p, \[%r\d+\], %r\d+;{_PRODUCTS}",
+        "setp.eq.s32 p, 0, 0;",
+        None,
+    ),
+    "products are told of before all lanes have written them": (
+        rf"{_WRITTEN}bar\.warp\.sync\s+-1;",
+        r"\1",
+        "race",
+    ),
+    "products are not told of": (
+        rf"{_WRITTEN}mbarrier\.arrive\.release\.cta\S* _, \[%r\d+\];",
+        r"\1",
+        "hangs",
     ),
 }
 # Of a tile that ends within a consumer's rows, whose warps store theirs themselves.
@@ -100,6 +120,7 @@ CASES = [pytest.param(ALONE, *x, id=name) for name, x in BROKEN.items()]
 CASES += [pytest.param(PAIR, *x, id=name) for name, x in BROKEN_PAIRS.items()]
 CASES += [pytest.param(SPLIT, *x, id=name) for name, x in BROKEN_SPLITS.items()]
 CASES += [pytest.param(WIDE, *x, id=name) for name, x in BROKEN_WIDE.items()]
+CASES += [pytest.param(SCALER, *x, id=name) for name, x in BROKEN_SCALER.items()]
 CASES += [pytest.param(WGRAD, *x, id=f"{name}, K in groups") for name, x in BROKEN_WGRAD.items()]
 
 
@@ -107,7 +128,7 @@ def kernel_of(config: str) -> tuple[str, str]:
     """Its module and its name. B is by row, which loads more, where there is such a kernel."""
     if config == WGRAD:
         return "gemm_wgrad_bf16", "gemm_sm90_wgrad_bf16_128x128"
-    module = "gemm_block_bf16" if config in (SPLIT, WIDE) else "gemm_row_bf16"
+    module = "gemm_block_bf16" if config in (SPLIT, WIDE, SCALER) else "gemm_row_bf16"
     return module, module.replace("gemm", "gemm_sm90") + "_" + config.replace(" ", "_")
 
 
@@ -120,7 +141,7 @@ def run(text: str | None, seed: int, config: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     num_sms, k = (4, 1936) if config == SPLIT else (2, 1040)
     a = fastfp8.quantize(torch.randn(200, k, generator=generator))
-    by_block = config in (SPLIT, WIDE)
+    by_block = config in (SPLIT, WIDE, SCALER)
     b = fastfp8.quantize(torch.randn(264, k, generator=generator), (128, 128) if by_block else (1, 128))
     problem = Emulator(num_sms)._problem(a, b, torch.bfloat16, None)
     chosen = next(c for c, _ in _C.gemm_candidates(problem) if c.name == config)
@@ -155,7 +176,7 @@ _gradients: list[torch.Tensor] = []
 _expected: dict[tuple[tuple[int, int], int], torch.Tensor] = {}
 
 
-@pytest.mark.parametrize("config", [ALONE, PAIR, SPLIT, WIDE, WGRAD])
+@pytest.mark.parametrize("config", [ALONE, PAIR, SPLIT, WIDE, SCALER, WGRAD])
 def test_the_kernel_as_it_is(config: str) -> None:
     for seed in SEEDS:
         assert run(None, seed, config).all()

@@ -1,5 +1,6 @@
 """Problem -> candidates -> config -> plan of the sm_90a GEMM: host logic, tested without a GPU."""
 
+import random
 import re
 from itertools import pairwise
 
@@ -78,7 +79,8 @@ def test_shared_memory_fits_and_feeds_the_pipeline(b_block, out_dtype):
     for config, _ in _C.gemm_candidates(p):
         plan = _C.gemm_plan(p, config)
         scales = max(config.tile_m * 4, 128) + (config.tile_n * 4 if b_block == ROW else 0)
-        stage = (config.tile_m + config.tile_n) * config.tile_k + scales + 16
+        scaler = b_block == BLOCK and config.tile_m == config.tile_n == 128  # a product a row, a barrier
+        stage = (config.tile_m + config.tile_n) * config.tile_k + scales + 16 + scaler * (128 * 4 + 8)
         width = 4 if config.name.endswith("split") else 2 if out_dtype == "bfloat16" and config.tile_m >= 64 else 0
         staged = config.tile_m * min(config.tile_n, 128)  # a pass of columns at a time
         assert plan.shared_bytes == config.stages * stage + staged * width + 16
@@ -167,6 +169,21 @@ def test_plan_of_block_scales_and_bf16():
     assert (out.slot, out.dims, out.pitch, out.box, out.swizzle) == ("out", [264, 300], 528, [64, 64], 128)
     assert [r.slot for r in rest[:3]] == ["b_scale", None, None]
     assert rest[3:8] == [0, 0, 300, 264, 400]
+
+
+def test_a_remembered_plan_is_the_one_that_would_be_made():
+    """More problems than are remembered, in any order and twice, and ones that differ in a single field."""
+    asked = [problem(m, n, 512) for m in range(1, 100) for n in (64, 576, 4096)]
+    asked += [problem(64, 576, 512, num_sms=sms) for sms in (1, 16, 78)]
+    asked += [_C.GemmProblem(**operands(64, 576, 512), machine=machine) for machine in ("H20", "H100")]
+    asked += [problem(64, 576, 512, c=c) for c in ("bfloat16", "float32")]
+    asked += [problem(64, 576, 512, ROW), problem(64, 576, 512, out_dtype="float32")]
+    wider = operands(64, 576, 512)
+    wider["a"] = view("float8_e4m3fn", [64, 512], [528, 1])
+    asked.append(_C.GemmProblem(**wider))
+    random.Random(0).shuffle(asked)
+    for p in asked + asked[::-1]:
+        assert repr(_C.gemm_planned(p)) == repr(plan_of(p))
 
 
 def test_plan_of_a_cluster():

@@ -40,8 +40,7 @@ Tensor gemm_cuda(const Tensor& a, const Tensor& a_scale, const Tensor& b, const 
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const int64_t shape[] = {problem.m, problem.n};
-  Tensor out = torch::stable::new_empty(a, {shape, 2}, out_dtype);
+  Tensor out = empty_cuda(problem.m, problem.n, problem.out, device);
   if (problem.m == 0 || problem.n == 0) return out;
   if (problem.k == 0) return c ? torch::stable::copy_(out, *c) : torch::stable::zero_(out);
   const driver::Binding bindings[] = {
@@ -52,7 +51,7 @@ Tensor gemm_cuda(const Tensor& a, const Tensor& a_scale, const Tensor& b, const 
       {"out", reinterpret_cast<uint64_t>(out.data_ptr())},
       {"c", operands.c ? operands.c->address : 0},
   };
-  driver::launch(gemm::plan(problem, gemm::select(problem)), bindings, 6, current_stream(device));
+  driver::launch(gemm::planned(problem), bindings, 6, current_stream(device));
   return out;
 }
 

@@ -60,7 +60,7 @@ Tensor grouped(bool masked, const Tensor& a, const Tensor& a_scale, const Tensor
       {"ends", operands.group_ends.address},
       {"error", error_word},
   };
-  driver::launch(gemm::plan(problem, gemm::select(problem)), bindings, 7, current_stream(device));
+  driver::launch(gemm::planned(problem), bindings, 7, current_stream(device));
   return out;
 }
 

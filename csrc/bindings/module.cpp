@@ -192,6 +192,7 @@ void bind_gemm(py::module_& module) {
       "The k-blocks at which the segments of K begin, and at which the last one ends.");
   module.def("gemm_select", &select, "The config that the sm_90a kernel runs this problem with.");
   module.def("gemm_plan", &plan, py::arg("problem"), py::arg("config"), "The launch of this problem with this config.");
+  module.def("gemm_planned", &planned, "The launch with the selected config, which the thread remembers.");
 }
 
 }  // namespace

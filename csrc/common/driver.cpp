@@ -98,12 +98,18 @@ const Driver& get() {
   return driver;
 }
 
-void check(CUresult result, const std::string& doing) {
-  if (result == CUDA_SUCCESS) return;
+[[noreturn]] void fail(CUresult result, const std::string& doing) {
   const char *name = "an unknown error", *text = "";
   get().call.cuGetErrorName(result, &name);
   get().call.cuGetErrorString(result, &text);
   throw std::runtime_error("fastfp8: " + doing + ": " + name + " (" + text + ")");
+}
+
+// `doing` makes the words: only a call that fails pays for them.
+template <class Doing>
+void check(CUresult result, const Doing& doing) {
+  if (result != CUDA_SUCCESS) [[unlikely]]
+    fail(result, doing());
 }
 
 std::string& kernel_directory() {
@@ -119,7 +125,7 @@ CUkernel get_kernel(const LaunchPlan& plan) {
   static std::map<std::pair<CUdevice, const char*>, CUkernel> kernels;
   const Functions& call = get().call;
   CUdevice device = 0;
-  check(call.cuCtxGetDevice(&device), "no CUDA context is current");
+  check(call.cuCtxGetDevice(&device), [] { return "no CUDA context is current"; });
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = kernels.find({device, plan.kernel});
   if (found != kernels.end()) return found->second;
@@ -127,13 +133,14 @@ CUkernel get_kernel(const LaunchPlan& plan) {
   if (library == nullptr) {
     const std::string path = kernel_directory() + "/" + plan.module + ".cubin";
     check(call.cuLibraryLoadFromFile(&library, path.c_str(), nullptr, nullptr, 0, nullptr, nullptr, 0),
-          "loading " + path);
+          [&] { return "loading " + path; });
   }
   CUkernel kernel = nullptr;
   check(call.cuLibraryGetKernel(&kernel, library, plan.kernel),
-        std::string("finding ") + plan.kernel + " in " + plan.module + ".cubin");
-  check(call.cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, plan.shared_bytes, kernel, device),
-        std::string("asking for ") + std::to_string(plan.shared_bytes) + " bytes of shared memory for " + plan.kernel);
+        [&] { return std::string("finding ") + plan.kernel + " in " + plan.module + ".cubin"; });
+  check(
+      call.cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, plan.shared_bytes, kernel, device),
+      [&] { return "asking for " + std::to_string(plan.shared_bytes) + " bytes of shared memory for " + plan.kernel; });
   kernels[{device, plan.kernel}] = kernel;
   return kernel;
 }
@@ -152,7 +159,7 @@ CUtensorMap encode(const TensorMap& map, uint64_t address, const char* slot) {
   check(get().call.cuTensorMapEncodeTiled(&encoded, type, 2, reinterpret_cast<void*>(address), dims, pitches,
                                           map.box.data(), element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
                                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
-        std::string("encoding the tensor map of '") + slot + "'");
+        [&] { return std::string("encoding the tensor map of '") + slot + "'"; });
   return encoded;
 }
 
@@ -234,7 +241,7 @@ void launch(const LaunchPlan& plan, const Binding* bindings, int binding_count, 
   config.attrs = attributes;
   config.numAttrs = attribute_count;
   check(get().call.cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel), pointers, nullptr),
-        std::string("launching ") + plan.kernel);
+        [&] { return std::string("launching ") + plan.kernel; });
 }
 
 }  // namespace fastfp8::driver

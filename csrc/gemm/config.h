@@ -89,6 +89,14 @@ struct Segments {
   }
 };
 
+// Whether a warp beside the producer, the scaler, multiplies the scales of a stage for the consumers, each of whose
+// threads then reads its two products at once. With that their main loop has instructions beside wgmma and FFMA for
+// less than 30 % of its FFMA. A wider tile has so many FFMA that it needs no scaler, and no place for the products;
+// tiles of 64 rows or columns and fewer mostly wait for memory, to which the scaler would add its own latency.
+constexpr bool has_scaler(TileShape tile, BScales scales) {
+  return scales == BScales::kBlock && tile.m == kConsumers * kWgmmaM && tile.n == TileShape::kMaxPass;
+}
+
 // Rows of B in one TMA load of a CTA, of which `sharers` load for each other: never more than one pass has.
 constexpr int b_box_rows(TileShape tile, int sharers) {
   const int rows = tile.n / sharers;
@@ -105,7 +113,8 @@ constexpr int out_panel_columns(int pass_columns) { return pass_columns < 64 ? p
 
 // Byte offsets in dynamic shared memory, whose base is 1024-aligned as 128-byte swizzle wants. A stage s of an array
 // lies s * (its bytes per stage) further on. full[s]: the producer's arrival plus the bytes of the stage; empty[s]: one
-// arrival of each consumer warp of the cluster.
+// arrival of each consumer warp of the cluster. With a scaler, `products` holds what it makes of a stage's scales, and
+// on scaled[s] it arrives when they are there.
 //
 // In Grouping::kRows, a tile may begin at any row, but a load of scales only at a multiple of four of them (16 bytes):
 // up to three more come along, and the tile's own begin behind them. `groups` holds the ends of rows and of tiles, in
@@ -115,7 +124,7 @@ constexpr int out_panel_columns(int pass_columns) { return pass_columns < 64 ? p
 // each CTA of the tile arrives when its sums are there, on drained when it has read those here.
 struct SharedPlan {
   int stages;
-  int a, b, out, a_scale, b_scale, groups, full, empty, ready, drained;
+  int a, b, out, a_scale, b_scale, products, groups, full, empty, scaled, ready, drained;
   int bytes;
 
   static constexpr int a_stage(TileShape tile) { return tile.m * kTileK; }
@@ -129,6 +138,9 @@ struct SharedPlan {
   }
   static constexpr int b_scale_stage(TileShape tile, BScales scales) {
     return scales == BScales::kRow ? tile.n * 4 : 0;
+  }
+  static constexpr int product_stage(TileShape tile, BScales scales) {
+    return has_scaler(tile, scales) ? tile.m * 4 : 0;
   }
   // Bytes that one stage's TMA loads complete on full[s].
   static constexpr int stage_bytes(TileShape tile, BScales scales, Grouping grouping) {
@@ -144,8 +156,9 @@ struct SharedPlan {
                            : stores_by_tma(tile, out, cluster) ? size_of(out)
                                                                : 0);
     const int group_bytes = kMaxGroups * 4 * (grouping == Grouping::kRows ? 2 : grouping == Grouping::kDepth ? 1 : 0);
-    const int per_stage =
-        a_stage(tile) + b_stage(tile) + a_scale_stage(tile, grouping) + b_scale_stage(tile, scales) + 2 * 8;
+    const int barriers = has_scaler(tile, scales) ? 3 : 2;
+    const int per_stage = a_stage(tile) + b_stage(tile) + a_scale_stage(tile, grouping) + b_scale_stage(tile, scales) +
+                          product_stage(tile, scales) + barriers * 8;
     const int fit = (kMaxShared - out_bytes - group_bytes - 2 * 8) / per_stage;
     const int stages = fit < kMaxStages ? fit : kMaxStages;
     SharedPlan plan{};
@@ -155,10 +168,12 @@ struct SharedPlan {
     plan.out = plan.b + stages * b_stage(tile);
     plan.a_scale = plan.out + out_bytes;
     plan.b_scale = plan.a_scale + stages * a_scale_stage(tile, grouping);
-    plan.groups = plan.b_scale + stages * b_scale_stage(tile, scales);
+    plan.products = plan.b_scale + stages * b_scale_stage(tile, scales);
+    plan.groups = plan.products + stages * product_stage(tile, scales);
     plan.full = plan.groups + group_bytes;
     plan.empty = plan.full + stages * 8;
-    plan.ready = plan.empty + stages * 8;
+    plan.scaled = plan.empty + stages * 8;
+    plan.ready = plan.full + stages * barriers * 8;
     plan.drained = plan.ready + 8;
     plan.bytes = plan.drained + 8;
     return plan;

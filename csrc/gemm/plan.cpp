@@ -1,6 +1,8 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <array>
+#include <memory>
 #include <stdexcept>
 
 namespace fastfp8::gemm {
@@ -236,6 +238,23 @@ LaunchPlan plan(const GemmProblem& problem, const GemmConfig& config) {
   plan.add(int32_t{config.order.tiles_n});
   plan.add(int32_t{config.order.band});
   return plan;
+}
+
+const LaunchPlan& planned(const GemmProblem& problem) {
+  struct Entry {
+    GemmProblem problem;
+    LaunchPlan plan;
+  };
+  constexpr int kBits = 8;
+  thread_local std::array<std::unique_ptr<const Entry>, 1 << kBits> entries;
+  // Not all of the problem: those that differ elsewhere only are few, and take each other's place.
+  uint64_t hash = 0;
+  for (int value : {problem.m, problem.n, problem.k, problem.groups, static_cast<int>(problem.out)})
+    hash = (hash + static_cast<uint32_t>(value)) * 0x9E3779B97F4A7C15;
+  std::unique_ptr<const Entry>& entry = entries[hash >> (64 - kBits)];
+  if (entry == nullptr || entry->problem != problem)
+    entry = std::make_unique<const Entry>(problem, plan(problem, select(problem)));
+  return entry->plan;
 }
 
 }  // namespace fastfp8::gemm

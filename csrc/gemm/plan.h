@@ -50,4 +50,9 @@ GemmConfig select(const GemmProblem& problem);
 // M, N and K must not be 0: such a product has nothing to launch.
 LaunchPlan plan(const GemmProblem& problem, const GemmConfig& config);
 
+// The plan of the config that is selected. A thread remembers those of the problems that it asked last, since shapes
+// recur from layer to layer and from step to step: selecting takes longer than all else before a launch. Until this
+// thread's next call.
+const LaunchPlan& planned(const GemmProblem& problem);
+
 }  // namespace fastfp8::gemm

@@ -18,6 +18,8 @@ struct SwiGlu {
   float limit, floor;  // of gate and up, infinite for none; of amax
   bool pow2;
   int out_scale_pitch;  // floats from one column of the result's scales to the next
+
+  bool operator==(const SwiGlu&) const = default;
 };
 
 // out[M, N] = A[M, K] B[N, K]^T (+ C), checked: every number here is one that the kernels can serve.
@@ -40,6 +42,8 @@ struct GemmProblem {
 
   int row_groups() const { return grouping == Grouping::kRows ? groups : 1; }
   int depth_groups() const { return grouping == Grouping::kDepth ? groups : 1; }
+
+  bool operator==(const GemmProblem&) const = default;
 
   std::string str() const;
 };

@@ -27,20 +27,19 @@ __device__ __forceinline__ void pin_registers(float (&registers)[kSize]) {
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// The half of a descriptor that says where a K-major operand lies in shared memory: 16 bytes further is 1 more.
-// https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-shared-memory-layout-matrix-descriptor
-__device__ __forceinline__ uint32_t wgmma_address(const void* operand) {
-  constexpr uint32_t kLeadingByteOffset = 1;  // ignored in swizzled K-major layouts
-  return (shared_address(operand) & 0x3FFFF) >> 4 | kLeadingByteOffset << 16;
-}
+// No instruction: hides from the compiler what a value was made of, so that sums with it stay sums.
+__device__ __forceinline__ void pin_register(uint64_t& value) { asm volatile("" : "+l"(value)); }
 
-// Descriptor of a K-major operand of 8-bit elements in rows of 128 bytes, 128B-swizzled, at a multiple of 1024 bytes
-// (or 32 k bytes above one, for the k-th slice of 32): address, groups of 8 rows 1024 bytes apart, swizzle mode 1.
+// Descriptor of a K-major operand of 8-bit elements in rows of 128 bytes, 128B-swizzled, at a multiple of 1024 bytes:
+// address, groups of 8 rows 1024 bytes apart, swizzle mode 1. 16 bytes further is 1 more, which the k-th slice of 32
+// may be by 2 k.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#asynchronous-warpgroup-level-matrix-shared-memory-layout-matrix-descriptor
-__device__ __forceinline__ uint64_t wgmma_descriptor_k_major_128b(uint32_t address) {
+__device__ __forceinline__ uint64_t wgmma_descriptor_k_major_128b(const void* operand) {
+  constexpr uint64_t kLeadingByteOffset = 1;  // ignored in swizzled K-major layouts
   constexpr uint64_t kStrideByteOffset = 1024 >> 4;
   constexpr uint64_t kSwizzle128B = 1;
-  return address | kStrideByteOffset << 32 | kSwizzle128B << 62;
+  const uint32_t address = (shared_address(operand) & 0x3FFFF) >> 4;
+  return address | kLeadingByteOffset << 16 | kStrideByteOffset << 32 | kSwizzle128B << 62;
 }
 
 // d (+)= A B^T for e4m3 A [64, 32] and B [kN, 32] in shared memory; d is overwritten when `accumulate` is false. Thread

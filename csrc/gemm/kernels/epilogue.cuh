@@ -297,7 +297,7 @@ struct Epilogue {
       store_pair(sums[0], tile.row + fragment_row() + pair % 2 * 8, tile.column + fragment_column() + pair / 2 * 8);
     }
     ptx::named_barrier_sync(kTileBarrier, kStride);
-    if (first_warp && lane() < ranks) ptx::mbarrier_arrive_remote(shared.drained(), lane());
+    if (first_warp && lane() < ranks) ptx::mbarrier_arrive_remote(ptx::remote_address(shared.drained(), lane()));
     exchange_phase ^= 1;
   }
 

@@ -8,6 +8,10 @@
 //   consumer 0   ... | wait full[s] | 4 wgmma k32 from zero | wait | free s | promote      | wait full[s+1] | ...
 //   consumer 1   ...   promote      | wait full[s] | 4 wgmma k32 from zero | wait | free s | promote        | ...
 //
+// With a scaler (has_scaler), one more warp stands between the producer and the consumers:
+//
+//   scaler           wait full[s] -> scale_a * scale_b of the stage's rows -> arrive on scaled[s], for which they wait
+//
 // Promotion is acc = fma(scale_a * scale_b, partial, acc) in FP32 on the CUDA cores, once for each 128 of K. The
 // consumers share nothing but the tensor core, so that one promotes while the other's wgmma runs. The order of K is
 // fixed (Segments), so the bits of a row depend neither on M nor on the tile.
@@ -109,6 +113,28 @@ struct Kernel {
     ptx::let_next_grid_start();
   }
 
+  // One warp, where has_scaler.
+  __device__ __forceinline__ void scale() const {
+    ptx::wait_for_grids_before();
+    const Scheduler scheduler(args, shared);
+    const int tiles = scheduler.tiles(), begin = blockIdx.x / ranks(), step = gridDim.x / ranks();
+    Ring<I::kPlan.stages> ring;
+    for (int index = begin; index < tiles; index += step) {
+      const Tile tile = scheduler.at(index);
+      const int behind = I::kGrouping == Grouping::kRows ? tile.a_row % SharedPlan::kScaleAlignment : 0;
+      const int first = first_block(tile), blocks = last_block(tile) - first;
+      auto block_scales = this->block_scales(tile, first, blocks, ring.stage);
+      for (int block = 0; block < blocks; ++block) {
+        wait(shared.full(ring.stage), ring.phase);
+        multiply_scales<I>(shared, ring.stage, behind, block_scales.at(ring.stage, 0));
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.scaled(ring.stage));
+        ring.advance();
+        if (ring.stage == 0) block_scales.turn();
+      }
+    }
+  }
+
   __device__ __forceinline__ void consume(int consumer) const {
     using Acc = Fragment<I::kColumns>;
     Epilogue<I> epilogue{args, shared, consumer};
@@ -119,7 +145,7 @@ struct Kernel {
     for (int index = begin; index < tiles; index += step) {
       const Tile tile = scheduler.at(index);
       const int first = first_block(tile), blocks = last_block(tile) - first;
-      BlockScales<I::kPasses> block_scales = this->block_scales(tile, first, blocks);
+      auto block_scales = this->block_scales(tile, first, I::kScaler ? 0 : blocks, mainloop.ring.stage);
       Acc acc;
       if constexpr (kSplit) {
         mainloop.run(acc, block_scales, tile.a_row, 0, blocks);
@@ -142,13 +168,14 @@ struct Kernel {
     epilogue.drain();
   }
 
-  // The block scales of a tile. A pass past N has none of its own and takes the first one's: nothing of it is stored.
-  // That of up, half of N further on, is never past N.
-  __device__ __forceinline__ BlockScales<I::kPasses> block_scales(const Tile& tile, int first, int blocks) const {
+  // The block scales of a tile whose first k-block is to lie in `stage`. A pass past N has none of its own and takes
+  // the first one's: nothing of it is stored. That of up, half of N further on, is never past N.
+  __device__ __forceinline__ typename Mainloop<I>::Scales block_scales(const Tile& tile, int first, int blocks,
+                                                                       int stage) const {
     const float* row = args.b_block_scale + static_cast<int64_t>(tile.scale_row) * tile.segments.blocks + first;
     const int next_pass = I::kSwiGlu ? args.n / 2 : I::kPassColumns;
     const int to_next_pass = tile.column + next_pass < args.n ? next_pass / 128 * tile.segments.blocks : 0;
-    return {row, to_next_pass, I::kScales == BScales::kBlock ? blocks : 0, Mainloop<I>::lane()};
+    return {row, to_next_pass, I::kScales == BScales::kBlock ? blocks : 0, stage, Mainloop<I>::lane()};
   }
 
   __device__ __forceinline__ void run() const {
@@ -162,6 +189,7 @@ struct Kernel {
       for (int stage = 0; stage < I::kPlan.stages; ++stage) {
         ptx::mbarrier_init(shared.full(stage), 1);
         ptx::mbarrier_init(shared.empty(stage), kConsumers * 4 * I::kSharers);
+        if (I::kScaler) ptx::mbarrier_init(shared.scaled(stage), 1);
       }
       if constexpr (kSplit) {
         ptx::mbarrier_init(shared.ready(), ranks());
@@ -179,7 +207,11 @@ struct Kernel {
     const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
     if (warpgroup == 0) {
       ptx::setmaxnreg_dec<kProducerRegisters>();
-      if (threadIdx.x < 32 && ptx::elect_one()) produce();
+      if (threadIdx.x < 32) {
+        if (ptx::elect_one()) produce();
+      } else if (I::kScaler && threadIdx.x < 64) {
+        scale();
+      }
     } else {
       ptx::setmaxnreg_inc<kConsumerRegisters>();
       consume(warpgroup - 1);

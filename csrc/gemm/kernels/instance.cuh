@@ -52,6 +52,10 @@ struct Instance {
   static constexpr int kBoxRows = b_box_rows(kTile, kSharers);
   static constexpr int kBoxes = kTile.n / kSharers / kBoxRows;
 
+  static constexpr bool kScaler = has_scaler(kTile, kScales);
+  // A CTA of a split mostly has fewer k-blocks than stages.
+  static constexpr bool kTurns = kCluster != Cluster::kSplit;
+
   static_assert(kPlan.stages >= 3 && kPlan.bytes <= kMaxShared);
   static_assert(128 % kPassColumns == 0, "a pass takes its B scale from one block of 128 rows");
   static_assert(kPasses == 1 || kScales == BScales::kBlock, "no registers are left for a scale a column");
@@ -90,10 +94,14 @@ struct Shared {
   __device__ __forceinline__ float* b_scale(int stage) const {
     return reinterpret_cast<float*>(base + kPlan.b_scale + stage * SharedPlan::b_scale_stage(I::kTile, I::kScales));
   }
+  __device__ __forceinline__ float2* products(int stage) const {
+    return reinterpret_cast<float2*>(base + kPlan.products + stage * SharedPlan::product_stage(I::kTile, I::kScales));
+  }
   __device__ __forceinline__ int* groups() const { return reinterpret_cast<int*>(base + kPlan.groups); }
   __device__ __forceinline__ uint8_t* out() const { return base + kPlan.out; }
   __device__ __forceinline__ uint64_t* full(int stage) const { return barrier(kPlan.full) + stage; }
   __device__ __forceinline__ uint64_t* empty(int stage) const { return barrier(kPlan.empty) + stage; }
+  __device__ __forceinline__ uint64_t* scaled(int stage) const { return barrier(kPlan.scaled) + stage; }
   __device__ __forceinline__ uint64_t* ready() const { return barrier(kPlan.ready); }
   __device__ __forceinline__ uint64_t* drained() const { return barrier(kPlan.drained); }
 
@@ -110,9 +118,11 @@ struct Ring {
   __device__ __forceinline__ void advance() {
     if (++stage == kStages) {
       stage = 0;
-      phase ^= 1;
+      turn();
     }
   }
+  // By as many stages as there are.
+  __device__ __forceinline__ void turn() { phase ^= 1; }
 };
 
 __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
