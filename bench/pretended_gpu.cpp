@@ -88,12 +88,13 @@ EXPORTED int aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = nullptr;
   return 0;
 }
-EXPORTED int aoti_torch_create_device_guard(int32_t index, void** guard) {
-  *guard = new c10::DeviceGuard(c10::Device(kCuda, static_cast<c10::DeviceIndex>(index)));
+EXPORTED AOTITorchError aoti_torch_create_device_guard(int32_t index, DeviceGuardHandle* guard) {
+  const c10::Device device(kCuda, static_cast<c10::DeviceIndex>(index));
+  *guard = reinterpret_cast<DeviceGuardHandle>(new c10::DeviceGuard(device));
   return 0;
 }
-EXPORTED int aoti_torch_delete_device_guard(void* guard) {
-  delete static_cast<c10::DeviceGuard*>(guard);
+EXPORTED AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle guard) {
+  delete reinterpret_cast<c10::DeviceGuard*>(guard);
   return 0;
 }
 
