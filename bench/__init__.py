@@ -14,9 +14,11 @@ FAMILIES = {
     "wgrad": "fastfp8.grouped_wgrad beside DeepGEMM, BF16 and a product a group",
     "swiglu": "fastfp8.gemm_swiglu_quantize beside the same in three steps",
     "quantize": "fastfp8.quantize and dequantize beside a copy and torch.compile",
+    "fused": "every op of one pass over memory beside torch.compile, torchao and TransformerEngine",
     "comm": "token exchange between ranks",
     "cpu": "the CPU ops beside torch, the cost of a call and of the import",
     "accuracy": "error of the product against the interval of promotion, by the model of the tensor core",
     "static": "registers, instructions and predictions, read off the compiled kernels",
+    "traffic": "bytes that the fused ops move, counted on the emulator, beside the least and the same in steps",
     "emulator": "the tests' emulator: its counters for our kernels, and its own speed",
 }

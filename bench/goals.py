@@ -1,4 +1,4 @@
-"""The goals of the GEMM family, and how far a run's rows say that they are met. What no row says is unmeasured."""
+"""The goals of the GEMMs and of the fused ops, and how far a run's rows meet them. What no row says is unmeasured."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ DENSE_OP = "gemm 1x128 by 128x128, bfloat16"
 HOST_OP = "host cost of a call"
 HOST_US = 6.0
 LARGE_M, SMALL_M, BANDWIDTH_M = 1024, 128, 64
+#: Those of fusions.py, which this does not import: a report is written where the package cannot be.
+FUSED_OPS = 24
 LARGEST = sorted(DEEPSEEK_V3, key=lambda weight: weight.n * weight.k)[-4:]
 
 
@@ -33,6 +35,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
         _faster(f"dense products of M <= {SMALL_M}", 1.3, *table(lambda m: m <= SMALL_M)),
         _faster("gradients of weights", 1.3, wgrad, len(wgrad), "DeepGEMM"),
         _bandwidth(rows, *table(lambda m: m <= BANDWIDTH_M, LARGEST)),
+        _passes([row for row in rows if row.family == "fused" and row.kind == "gpu" and row.ours and row.share]),
         *(_host(rows, kind, where) for kind, where in (("gpu", "on a GPU"), ("cpu", "on a CPU, up to the launch"))),
     ]
 
@@ -76,6 +79,17 @@ def _bandwidth(rows: Sequence[Row], measured: Sequence[Row], count: int) -> str:
     worst = min(shares, key=shares.__getitem__)
     found = f"{shares[worst]:.0%} at worst, at {worst}, of {max(copies):,.0f} GB/s"
     return _line(goal, found, shares[worst] >= least, (len(shares), count))
+
+
+def _passes(measured: Sequence[Row]) -> str:
+    least = 0.85
+    goal = f"ops of one pass over memory, each at {least:.0%} of a copy's rate"
+    if not measured:
+        return _line(goal, None, False)
+    shares = {row.op: row.share or 0.0 for row in measured}
+    worst = min(shares, key=shares.__getitem__)
+    found = f"{shares[worst]:.0%} at worst, of {worst}, {statistics.geometric_mean(shares.values()):.0%} on average"
+    return _line(goal, found, shares[worst] >= least, (len(shares), FUSED_OPS))
 
 
 def _host(rows: Sequence[Row], kind: str, where: str) -> str:

@@ -32,7 +32,7 @@ from .rows import RESULTS, Environment, NotRun, Row, Run
 #: For saying which machine this is. A driver that hangs here would hang everywhere.
 PROBE_SECONDS = 60.0
 UNKNOWN = "unknown"
-GPU_FAMILIES = ("ceilings", "gemm", "grouped", "wgrad", "swiglu", "quantize", "comm")
+GPU_FAMILIES = ("ceilings", "gemm", "grouped", "wgrad", "swiglu", "quantize", "fused", "comm")
 
 # With as many compilers as there are cores; the tests' sessions, which run beside other things, use two.
 _BUILD_EMULATOR = """
@@ -117,10 +117,12 @@ class Shift:
             "wgrad": 5,
             "swiglu": 3,
             "quantize": 9,
+            "fused": 12,
             "comm": 3,
             "cpu": 5,
             "accuracy": 2,
             "static": 4,
+            "traffic": 2,
             "emulator": 4,
         }
         return [*tests, *(self.family(f, weight) for f, weight in weights.items()), *self.last_stages()]
@@ -134,6 +136,7 @@ class Shift:
             self.family("accuracy", 2),
             Stage("the emulator's build", 10, self.await_emulator, self.missing("build"), 0.4),
             self.family("cpu", 9),
+            self.family("traffic", 3),
             self.family("emulator", 6),
             *self.last_stages(),
         ]

@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  (its libraries must be loaded before _C is)
 
-from . import _C, backends, comm, nn, optim, presets  # _C registers the schemas of torch.ops.fastfp8.*
+from . import _C, backends, comm, nn, numerics, optim, presets  # _C registers the schemas of torch.ops.fastfp8.*
 from .error_word import check
 from .ops.balance import balance_loss, update_bias
 from .ops.dequantize import dequantize
@@ -43,6 +43,7 @@ __all__ = [
     "grouped_wgrad",
     "masked_grouped_gemm",
     "nn",
+    "numerics",
     "optim",
     "pack_e5m6",
     "permute",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import time
 import types
@@ -15,7 +16,7 @@ from test_plan import DENSE_TABLE
 from torch import Tensor
 
 import fastfp8
-from bench import ceilings, device, family, gemm, goals, grouped, peers, quantize, swiglu, wgrad
+from bench import ceilings, device, family, fused, fusions, gemm, goals, grouped, peers, quantize, swiglu, wgrad
 from bench.case import Case, Ceilings, Contestant, Session, Subject, Unavailable
 from bench.rows import Row
 from fastfp8 import ScaledTensor
@@ -249,6 +250,52 @@ def test_wrong_codes_are_not_timed(on_cpu: None, monkeypatch: pytest.MonkeyPatch
         device.DeviceTimer(Pretended()).time(subject, 1)
 
 
+def test_fused_family(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every op, with its codes checked; plain torch gives nearly the same, and what is not installed is named."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    rows = [row for work in fused.works(True) for row in work.measure(session())]
+    ours = {row.op: row for row in rows if row.ours and row.backend == fused.OURS}
+    assert list(ours) == list(fusions.FUSIONS)
+    assert {row.op for row in rows if row.backend == "torch.compile"} == set(fused.PLAIN)
+    for op, row in ours.items():
+        assert row.share == pytest.approx(row.floor / row.median)  # type: ignore[operator]
+        assert row.rate_unit == "GB/s"
+        assert ("without torch.compile" in (row.note or "")) == (op not in fused.PLAIN)
+    assert "without TransformerEngine: transformer_engine is not installed" in (ours["quantize_both"].note or "")
+    assert set(ours["quantize_both"].ratios) == {"torch.compile", "quantize twice"}
+    n = 128 * 256
+    assert ours["quantize_both"].floor == pytest.approx((4 * n + 8 * n // 128) / 4e12 * 1e6)
+
+
+@pytest.mark.parametrize("name", ["quantize_grouped_both", "unpermute", "pack_e5m6"])
+def test_wrong_results_of_fused_ops_are_not_timed(on_cpu: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    subject = fused.subject(name, 128, 256)
+    right = subject.contestants[0].run
+
+    def one_bit_off(i: int) -> Any:
+        out = right(i)
+        torch.utils._pytree.tree_leaves(out)[0].view(torch.uint8)[3, 5] ^= 1
+        return out
+
+    wrong = dataclasses.replace(subject.contestants[0], run=one_bit_off)
+    with pytest.raises(AssertionError, match="fastfp8 Triton: other bits"):
+        device.DeviceTimer(Pretended()).time(Subject([wrong], 2), 1)
+
+
+def test_stand_ins_for_other_libraries_get_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the names that we call them by: what they are given, and that their absence is said."""
+    x = torch.zeros(4, 128)
+    for make in (functools.partial(fused.transformer_engine, True), functools.partial(fused.torchao, (fused.ROWS,))):
+        with pytest.raises(Unavailable, match="is not installed"):
+            make(x)
+    kernels = types.SimpleNamespace(triton_fp8_blockwise_act_quant_lhs=lambda t: t + 1)
+    monkeypatch.setitem(sys.modules, "torchao.prototype.blockwise_fp8_training.kernels", kernels)  # type: ignore[arg-type]
+    monkeypatch.setattr(fused.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(fused.importlib, "import_module", lambda name: sys.modules[name])
+    assert torch.equal(fused.torchao((fused.ROWS,), x)()[0], x + 1)  # type: ignore[index]
+
+
 def test_ceilings_family(on_cpu: None, tmp_path: Any) -> None:
     report = family.Report(tmp_path / "ceilings.jsonl")
     found = {work.op: work for work in ceilings.works(True)}
@@ -264,7 +311,7 @@ def test_ceilings_family(on_cpu: None, tmp_path: Any) -> None:
 
 
 def test_without_a_gpu_nothing_is_measured() -> None:
-    for module in (gemm, grouped, wgrad, swiglu, quantize, ceilings):
+    for module in (gemm, grouped, wgrad, swiglu, quantize, fused, ceilings):
         for work in module.works(True):
             with pytest.raises(Unavailable, match="no GPU"):
                 work.measure(Session(3, True))

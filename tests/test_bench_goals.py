@@ -12,6 +12,7 @@ from test_plan import DENSE_TABLE
 
 from bench import __main__, accuracy, deep_gemm_tiles, explain, family, goals, page, plots, report, shapes
 from bench.case import Session
+from bench.fusions import FUSIONS
 from bench.rows import Row, Run
 from fastfp8 import _C
 
@@ -35,7 +36,7 @@ def line(rows: list[Row], words: str) -> str:
 
 def test_without_rows_everything_is_unmeasured() -> None:
     for rows in ([], nights.gpu_run().rows, nights.cpu_run().rows):
-        assert [text.rsplit(": ", 1)[1] for text in goals.lines(rows)] == ["unmeasured"] * 6
+        assert [text.rsplit(": ", 1)[1] for text in goals.lines(rows)] == ["unmeasured"] * 7
     assert not any(character.isdigit() for text in goals.lines([]) for character in text.rsplit(": ", 1)[1])
 
 
@@ -260,3 +261,20 @@ def test_roofline_is_of_bytes_or_of_products() -> None:
     hbm = _C.gemm_candidates(small)[0][0].cost["hbm"]
     assert explain.roofline(small) == hbm
     assert explain.roofline(large) == 2 * 8192 * 4096 * 7168 / (8192 * 132)
+
+
+@pytest.mark.parametrize(("worst", "verdict"), [(0.86, "met"), (0.84, "missed")])
+def test_ops_of_one_pass_against_the_copy(worst: float, verdict: str) -> None:
+    def row(op: str, share: float) -> Row:
+        given = {"kind": "gpu", "family": "fused", "op": op, "shape": "8192x7168", "backend": "fastfp8 Triton"}
+        return Row(**given, unit="us", median=100.0, lower=99.0, upper=101.0, floor=100.0 * share)  # type: ignore[arg-type]
+
+    assert len(FUSIONS) == goals.FUSED_OPS
+    rows = [row(name, 0.95) for name in FUSIONS]
+    rows[3] = row("slowest", worst)
+    text = line(rows, "one pass over memory")
+    assert f"measured {worst:.0%} at worst, of slowest, 9" in text
+    assert text.endswith(f": {verdict}")
+    assert line(rows[1:], "one pass over memory").endswith("not judged, 23 of 24 shapes measured")
+    without = [dataclasses.replace(r, floor=None) for r in rows]
+    assert line(without, "one pass over memory").endswith("unmeasured"), "without a copy there is no share"

@@ -10,14 +10,27 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
   library.def(
       "swiglu_quantize(Tensor gate_up, Tensor? weight=None, float? limit=None, bool pow2=False, float eps=0.0, "
       "Tensor? gate_up_scale=None) -> (Tensor, Tensor)");
+  // An overload `counted` adds to `counters`, int64 [32, 5], what became of the values (fastfp8/counters.py).
+  library.def(
+      "quantize.counted(Tensor x, int[2] block=[1, 128], bool pow2=False, float eps=0.0, *, Tensor(a!) counters) -> "
+      "(Tensor, Tensor)");
+  library.def(
+      "swiglu_quantize.counted(Tensor gate_up, Tensor? weight=None, float? limit=None, bool pow2=False, "
+      "float eps=0.0, Tensor? gate_up_scale=None, *, Tensor(a!) counters) -> (Tensor, Tensor)");
   library.def(
       "dequantize(Tensor data, Tensor scale, int[2] block, ScalarType dtype=bfloat16, Tensor? add=None) -> Tensor");
   // Data and scale of x, then of its transpose, whose codes [K, tokens] are padded with zeros: to 16 tokens, or each
   // group to 128. Of groups also the token at which each ends there.
   library.def("quantize_both(Tensor x, bool pow2=False, float eps=0.0) -> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
+      "quantize_both.counted(Tensor x, bool pow2=False, float eps=0.0, *, Tensor(a!) counters, "
+      "Tensor(b!) counters_t) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
       "quantize_grouped_both(Tensor x, Tensor offsets, Tensor(a!)? error, bool pow2=False, float eps=0.0) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "quantize_grouped_both.counted(Tensor x, Tensor offsets, Tensor(a!)? error, bool pow2=False, float eps=0.0, *, "
+      "Tensor(b!) counters, Tensor(c!) counters_t) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The activation (its scale without elements if it is dense), the gradient of gate_up and that turned, each data and
   // scale; the gradient of weight, without rows if there is none; where groups end in what is turned.
   library.def(
@@ -25,9 +38,13 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
       "float? limit=None, Tensor? offsets=None, Tensor(a!)? error=None, bool pow2=False, float eps=0.0, "
       "bool dense_activation=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("requantize_transpose(Tensor data, Tensor scale) -> (Tensor, Tensor)");
+  library.def("requantize_transpose.counted(Tensor data, Tensor scale, *, Tensor(a!) counters) -> (Tensor, Tensor)");
   library.def(
       "requantize_transpose.grouped(Tensor data, Tensor scale, Tensor offsets, Tensor(a!)? error) -> "
       "(Tensor, Tensor, Tensor)");
+  library.def(
+      "requantize_transpose.grouped_counted(Tensor data, Tensor scale, Tensor offsets, Tensor(a!)? error, *, "
+      "Tensor(b!) counters) -> (Tensor, Tensor, Tensor)");
   // The last result is x + residual; without `residual` it has no rows.
   library.def(
       "rmsnorm_quantize(Tensor x, Tensor weight, float eps=1e-06, Tensor? residual=None, bool pow2=False, "
@@ -70,6 +87,9 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
   library.def("permute(Tensor x, Tensor rows) -> Tensor");
   library.def("permute_scaled(Tensor x, Tensor x_scale, Tensor rows) -> (Tensor, Tensor)");
   library.def("permute_quantize(Tensor x, Tensor rows, bool pow2=False, float eps=0.0) -> (Tensor, Tensor)");
+  library.def(
+      "permute_quantize.counted(Tensor x, Tensor rows, bool pow2=False, float eps=0.0, *, Tensor(a!) counters) -> "
+      "(Tensor, Tensor)");
   // `y` in FP8 with `y_scale`, or dense without.
   library.def(
       "unpermute(Tensor y, Tensor? y_scale, Tensor rows, Tensor? weights=None, ScalarType out_dtype=bfloat16) -> "

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..counters import Counted
 from ..errors import ArgumentTypeError, check_device, check_dtype, check_value, message
 from ..layout import BLOCK, Block
 from ..ops.dequantize import dequantize
@@ -79,9 +80,10 @@ class _LinearFunction(torch.autograd.Function):
         out_features: int,
         out_dtype: torch.dtype,
         pow2: bool,
+        counters: dict[str, Tensor],
     ) -> Tensor:
         w8 = ScaledTensor._trusted(w8_data, w8_scale, _WEIGHT_BLOCK)
-        x8 = quantize(_pad(x, rows=False, cols=True), A_BLOCK, pow2=pow2)
+        x8 = quantize(_pad(x, rows=False, cols=True), A_BLOCK, pow2=pow2, counters=counters.get("activation"))
         c = None
         if bias is not None:
             c = bias.float() if bias.dtype == torch.float16 else bias
@@ -96,6 +98,7 @@ class _LinearFunction(torch.autograd.Function):
         ctx.shape, ctx.x_dtype, ctx.pow2 = (x.shape[0], out_features, x.shape[1]), x.dtype, pow2
         ctx.weight_dtype = None if weight is None else weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.counters = counters  # not saved for backward: that would forbid the next forward to write them
         return y
 
     @staticmethod
@@ -110,16 +113,19 @@ class _LinearFunction(torch.autograd.Function):
         dy = _pad(dy, rows=True, cols=True)
         if needs_x:
             w8_t = ScaledTensor._trusted(w8_data, w8_scale, _WEIGHT_BLOCK).t().contiguous()
-            dx = _crop(_product(quantize(dy, A_BLOCK, pow2=ctx.pow2), w8_t, ctx.x_dtype), m, k)
+            dy8 = quantize(dy, A_BLOCK, pow2=ctx.pow2, counters=ctx.counters.get("gradient"))
+            dx = _crop(_product(dy8, w8_t, ctx.x_dtype), m, k)
         if needs_weight:
             x = dequantize(ScaledTensor._trusted(x8_data, x8_scale, A_BLOCK), torch.float32)
-            x8_t = quantize(_pad(x, rows=True, cols=False), _TOKEN_BLOCK, pow2=ctx.pow2).t().contiguous()
-            dy8_t = quantize(dy, _TOKEN_BLOCK, pow2=ctx.pow2).t().contiguous()
-            dw = _crop(_product(dy8_t, x8_t, torch.float32), n, k).to(ctx.weight_dtype)
-        return dx, dw, db, None, None, None, None, None
+            of_x, of_dy = (ctx.counters.get(f"{role}, transposed") for role in ("activation", "gradient"))
+            x8_t = quantize(_pad(x, rows=True, cols=False), _TOKEN_BLOCK, pow2=ctx.pow2, counters=of_x)
+            dy8_t = quantize(dy, _TOKEN_BLOCK, pow2=ctx.pow2, counters=of_dy)
+            dw = _product(dy8_t.t().contiguous(), x8_t.t().contiguous(), torch.float32)
+            dw = _crop(dw, n, k).to(ctx.weight_dtype)
+        return dx, dw, db, None, None, None, None, None, None
 
 
-class Linear(torch.nn.Linear):
+class Linear(Counted, torch.nn.Linear):
     """``y = x @ weight.T + bias`` in FP8, forward and backward: a drop-in for :class:`torch.nn.Linear`.
 
     Args:
@@ -148,6 +154,7 @@ class Linear(torch.nn.Linear):
         ValueError: the input's last dimension is not ``in_features``, or it is on another device.
     """
 
+    ROLES: ClassVar = ("activation", "weight", "gradient", "activation, transposed", "gradient, transposed")
     frozen: bool
     pow2: bool
     weight_data: Tensor
@@ -222,6 +229,7 @@ class Linear(torch.nn.Linear):
             self.out_features,
             _autocast_dtype(x.device.type) or x.dtype,
             self.pow2,
+            self.counters or {},
         )
         return y.reshape(*lead, self.out_features)
 
@@ -249,7 +257,8 @@ class Linear(torch.nn.Linear):
         return self._kept[1]
 
     def _quantize_weight(self) -> ScaledTensor:
-        return quantize(_pad(self.weight.detach(), rows=True, cols=True), _WEIGHT_BLOCK)
+        counters = (self.counters or {}).get("weight")
+        return quantize(_pad(self.weight.detach(), rows=True, cols=True), _WEIGHT_BLOCK, counters=counters)
 
     def train(self, mode: bool = True) -> Linear:
         self._kept = None
@@ -277,7 +286,7 @@ class Linear(torch.nn.Linear):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_kept": None}
+        state = {**self.__dict__, "_kept": None, "counters": None}
         if self.frozen:  # as bytes: pickle writes FP8 tensors that it cannot read (seen in torch 2.13)
             state["_buffers"] = {**self._buffers, "weight_data": self.weight_data.view(torch.uint8)}
         return state

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..counters import check_counters
 from ..errors import (
     ArgumentTypeError,
     check_device,
@@ -20,6 +21,7 @@ from ..errors import (
 from ..layout import BLOCK, Block, empty_scale, scale_shape
 from ..reference import permute as reference
 from ..scaled_tensor import ScaledTensor
+from .counted import register
 from .dequantize import OUTPUT_DTYPES, check_scaled
 from .grouped_gemm import check_error, word_for
 from .quantize import INPUT_DTYPES
@@ -105,7 +107,13 @@ def permute_scaled(x: ScaledTensor, where: RowMap) -> ScaledTensor:
 
 
 def permute_quantize(
-    x: Tensor, topk_idx: Tensor | RowMap, num_experts: int | None = None, *, pow2: bool = False, eps: float = 0.0
+    x: Tensor,
+    topk_idx: Tensor | RowMap,
+    num_experts: int | None = None,
+    *,
+    pow2: bool = False,
+    eps: float = 0.0,
+    counters: Tensor | None = None,
 ) -> tuple[ScaledTensor, RowMap]:
     """``permute(quantize(x))`` in one pass: each token is read and quantised once, and written top_k times.
 
@@ -115,7 +123,7 @@ def permute_quantize(
     Args:
         x: bfloat16, float16 or float32 [T, H], any strides.
         topk_idx, num_experts: as :func:`permute` takes them.
-        pow2, eps: as :func:`fastfp8.quantize` takes them.
+        pow2, eps, counters: as :func:`fastfp8.quantize` takes them. Each token is counted once.
 
     Returns:
         A ScaledTensor [T * top_k, H] in (1, 128) blocks and the RowMap. It has no gradient.
@@ -128,8 +136,13 @@ def permute_quantize(
         check_tensor(x, _QUANTIZE, "x", INPUT_DTYPES)
         check_type(pow2, bool, _QUANTIZE, "pow2", "a bool")
         check_type(eps, (float, int), _QUANTIZE, "eps", "a number")
+        check_counters(_QUANTIZE, counters, x, "x")
     where = _where(_QUANTIZE, topk_idx, num_experts)
-    data, scale = torch.ops.fastfp8.permute_quantize(x, where.rows, pow2, eps)
+    op = torch.ops.fastfp8.permute_quantize
+    if counters is None:
+        data, scale = op.default(x, where.rows, pow2, eps)
+    else:
+        data, scale = op.counted(x, where.rows, pow2, eps, counters=counters)
     return ScaledTensor._trusted(data, scale, ROW_BLOCK), where
 
 
@@ -361,29 +374,36 @@ def _permute_scaled_fake(x: Tensor, x_scale: Tensor, rows: Tensor) -> tuple[Tens
     return _fake_scaled(x, rows)
 
 
-def _check_permute_quantize(x: Tensor, rows: Tensor, eps: float) -> None:
+def _check_permute_quantize(x: Tensor, rows: Tensor, eps: float, counters: Tensor | None) -> None:
     check_tensor(x, _QUANTIZE, "x", INPUT_DTYPES)
     check_value(0 <= eps < 2.0**100, _QUANTIZE, "eps", "a number from 0 up to 2**100", eps)
     _check_permute(_QUANTIZE, x, rows)
+    check_counters(_QUANTIZE, counters, x, "x")
 
 
-@torch.library.impl("fastfp8::permute_quantize", "CPU")
-def _permute_quantize_cpu(x: Tensor, rows: Tensor, pow2: bool = False, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    _check_permute_quantize(x, rows, eps)
-    return reference.permute_quantize(x, rows, pow2, eps)
+@register("permute_quantize", "CPU")
+def _permute_quantize_cpu(
+    x: Tensor, rows: Tensor, pow2: bool = False, eps: float = 0.0, *, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _check_permute_quantize(x, rows, eps, counters)
+    return reference.permute_quantize(x, rows, pow2, eps, counters)
 
 
-@torch.library.impl("fastfp8::permute_quantize", "CUDA")
-def _permute_quantize_cuda(x: Tensor, rows: Tensor, pow2: bool = False, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+@register("permute_quantize", "CUDA")
+def _permute_quantize_cuda(
+    x: Tensor, rows: Tensor, pow2: bool = False, eps: float = 0.0, *, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     from ..triton_kernels.permute import permute_quantize as triton_permute_quantize
 
-    _check_permute_quantize(x, rows, eps)
-    return triton_permute_quantize(x, rows, pow2, eps)
+    _check_permute_quantize(x, rows, eps, counters)
+    return triton_permute_quantize(x, rows, pow2, eps, counters)
 
 
-@torch.library.register_fake("fastfp8::permute_quantize")
-def _permute_quantize_fake(x: Tensor, rows: Tensor, pow2: bool = False, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    _check_permute_quantize(x, rows, eps)
+@register("permute_quantize", "fake")
+def _permute_quantize_fake(
+    x: Tensor, rows: Tensor, pow2: bool = False, eps: float = 0.0, *, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    _check_permute_quantize(x, rows, eps, counters)
     return _fake_scaled(x, rows)
 
 

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..counters import check_counters
 from ..errors import check_type, check_value
 from ..layout import BLOCK, Block, as_block, check_blocked, empty_scale, scale_shape_of
 from ..presets import Preset, Rules
 from ..reference.quantize import quantize as reference_quantize
 from ..scaled_tensor import ScaledTensor
+from .counted import register
 
 _OP = "quantize"
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -24,6 +26,7 @@ def quantize(
     pow2: bool = False,
     eps: float = 0.0,
     preset: Preset | None = None,
+    counters: Tensor | None = None,
 ) -> ScaledTensor:
     """Quantise ``x`` [R, C], or a stack [G, R, C] matrix by matrix, to float8_e4m3fn with one FP32 scale a block.
 
@@ -42,15 +45,19 @@ def quantize(
         eps: a floor of amax, in units of ``x``: 1e-4 gives the codes of TileKernels.
         preset: None, or one of :mod:`fastfp8.presets`: the codes and scales of another project bit for bit, its floor
             of amax instead of ``eps`` included.
+        counters: None, or counters on the device of ``x`` (:func:`fastfp8.numerics.new_counters`), to which is added
+            how many values saturated, became zero or subnormal, or were not finite: see :mod:`fastfp8.counters`.
 
     Returns:
         ScaledTensor of ``data`` in the shape of ``x``, row-major, and ``scale`` [ceil(R / block[0]),
         ceil(C / block[1])], of a stack [G, ...]; its layout is in :mod:`fastfp8.layout`.
 
     Raises:
-        TypeError: ``x`` is not a tensor of such a dtype, ``pow2`` no bool, ``eps`` no number, or ``preset`` no Preset.
-        ValueError: ``x`` has other dimensions, the block is another, ``eps`` is negative or not finite, or it or
-            ``pow2`` is given beside a preset that has its own or none.
+        TypeError: ``x`` is not a tensor of such a dtype, ``pow2`` no bool, ``eps`` no number, ``preset`` no Preset, or
+            ``counters`` no int64 tensor.
+        ValueError: ``x`` has other dimensions, the block is another, ``eps`` is negative or not finite, it or ``pow2``
+            is given beside a preset that has its own or none, or ``counters`` has another shape, stride or device or is
+            given beside a preset.
     """
     checked = as_block(block, _OP)
     rules = ""
@@ -60,8 +67,13 @@ def quantize(
         eps, rules = preset.eps, preset.rules.text
     if not torch.compiler.is_compiling():  # there the fake implementation checks: Dynamo cannot trace all of it
         check_options(_OP, pow2, eps)
-        _check(x, checked, pow2, eps, rules)
-    data, scale = torch.ops.fastfp8.quantize(x, checked, pow2, eps, rules)
+        _check(x, checked, pow2, eps, rules, counters)
+    op = torch.ops.fastfp8.quantize
+    if counters is None:
+        data, scale = op.default(x, checked, pow2, eps, rules)
+    else:
+        check_value(preset is None, _OP, "counters", "None with a preset", "counters")
+        data, scale = op.counted(x, checked, pow2, eps, counters=counters)
     return ScaledTensor._trusted(data, scale, checked)
 
 
@@ -84,35 +96,56 @@ def _rules(pow2: bool, text: str) -> Rules | None:
     return rules
 
 
-def _check(x: Tensor, block: Sequence[int], pow2: bool, eps: float, text: str) -> tuple[Block, Rules | None]:
+def _check(
+    x: Tensor, block: Sequence[int], pow2: bool, eps: float, text: str, counters: Tensor | None
+) -> tuple[Block, Rules | None]:
     checked = as_block(block, _OP)
     check_blocked(x, _OP, "x", INPUT_DTYPES, checked)
     check_eps(_OP, eps)
+    check_counters(_OP, counters, x, "x")
     return checked, _rules(pow2, text)
 
 
-@torch.library.impl("fastfp8::quantize", "CPU")
+@register("quantize", "CPU")
 def _cpu(
-    x: Tensor, block: Sequence[int] = (1, BLOCK), pow2: bool = False, eps: float = 0.0, rules: str = ""
+    x: Tensor,
+    block: Sequence[int] = (1, BLOCK),
+    pow2: bool = False,
+    eps: float = 0.0,
+    rules: str = "",
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    checked, parsed = _check(x, block, pow2, eps, rules)
-    return reference_quantize(x, checked, pow2, eps, parsed)
+    checked, parsed = _check(x, block, pow2, eps, rules, counters)
+    return reference_quantize(x, checked, pow2, eps, parsed, counters)
 
 
-@torch.library.impl("fastfp8::quantize", "CUDA")
+@register("quantize", "CUDA")
 def _cuda(
-    x: Tensor, block: Sequence[int] = (1, BLOCK), pow2: bool = False, eps: float = 0.0, rules: str = ""
+    x: Tensor,
+    block: Sequence[int] = (1, BLOCK),
+    pow2: bool = False,
+    eps: float = 0.0,
+    rules: str = "",
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from ..triton_kernels.quantize import quantize as triton_quantize
 
-    checked, parsed = _check(x, block, pow2, eps, rules)
-    return triton_quantize(x, checked, pow2, eps, parsed)
+    checked, parsed = _check(x, block, pow2, eps, rules, counters)
+    return triton_quantize(x, checked, pow2, eps, parsed, counters)
 
 
-@torch.library.register_fake("fastfp8::quantize")
+@register("quantize", "fake")
 def _fake(
-    x: Tensor, block: Sequence[int] = (1, BLOCK), pow2: bool = False, eps: float = 0.0, rules: str = ""
+    x: Tensor,
+    block: Sequence[int] = (1, BLOCK),
+    pow2: bool = False,
+    eps: float = 0.0,
+    rules: str = "",
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    checked, _ = _check(x, block, pow2, eps, rules)
+    checked, _ = _check(x, block, pow2, eps, rules, counters)
     data = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
     return data, empty_scale(x, scale_shape_of(x.shape, checked), checked)

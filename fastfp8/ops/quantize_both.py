@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..counters import check_counters
 from ..errors import check_device, check_tensor, check_type, value_error
 from ..layout import BLOCK, Block, empty_scale, empty_transposed, grouped_tokens, pad16, scale_shape_of
 from ..reference import quantize_both as reference
 from ..scaled_tensor import ScaledTensor
+from .counted import check_pair, register
 from .grouped_gemm import check_error, word_for
 from .quantize import INPUT_DTYPES, check_eps, check_options
 
@@ -17,7 +19,12 @@ _BLOCK: Block = (1, BLOCK)
 
 
 def quantize_both(
-    x: Tensor, *, pow2: bool = False, eps: float = 0.0, pad: bool = False
+    x: Tensor,
+    *,
+    pow2: bool = False,
+    eps: float = 0.0,
+    pad: bool = False,
+    counters: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[ScaledTensor, ScaledTensor]:
     """``quantize(x)`` and ``quantize(x.T)`` from one read of ``x``, bit for bit: see :func:`fastfp8.quantize`.
 
@@ -33,6 +40,7 @@ def quantize_both(
         pow2: round each scale up to a power of two.
         eps: a floor of amax, in units of ``x``.
         pad: whether the transposed one has zeros up to the next multiple of 16 tokens.
+        counters: None, or two as :func:`fastfp8.quantize` takes one: of the first result, of the second.
 
     Returns:
         Two ScaledTensors in (1, 128) blocks: [M, K], row-major, and [K, M], whose rows are M rounded up to 16 codes
@@ -45,8 +53,13 @@ def quantize_both(
     if not torch.compiler.is_compiling():  # there the fake implementation checks: Dynamo cannot trace all of it
         check_options(_BOTH, pow2, eps)
         check_type(pad, bool, _BOTH, "pad", "a bool")
-        _check(_BOTH, x, eps)
-    data, scale, data_t, scale_t = torch.ops.fastfp8.quantize_both(x, pow2, eps)
+        check_pair(_BOTH, counters)
+        _check(_BOTH, x, eps, *(counters or ()))
+    op = torch.ops.fastfp8.quantize_both
+    if counters is None:
+        data, scale, data_t, scale_t = op.default(x, pow2, eps)
+    else:
+        data, scale, data_t, scale_t = op.counted(x, pow2, eps, counters=counters[0], counters_t=counters[1])
     return ScaledTensor._trusted(data, scale, _BLOCK), transposed_tensor(data_t, scale_t, None if pad else x.shape[0])
 
 
@@ -56,7 +69,12 @@ def transposed_tensor(data_t: Tensor, scale_t: Tensor, tokens: int | None) -> Sc
 
 
 def quantize_grouped_both(
-    x: Tensor, offsets: Tensor, *, pow2: bool = False, eps: float = 0.0
+    x: Tensor,
+    offsets: Tensor,
+    *,
+    pow2: bool = False,
+    eps: float = 0.0,
+    counters: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[ScaledTensor, ScaledTensor, Tensor]:
     """:func:`quantize_both` of tokens in groups, the experts of a mixture, for grouped GEMMs and their Wgrad.
 
@@ -79,6 +97,7 @@ def quantize_grouped_both(
             call.
         pow2: round each scale up to a power of two.
         eps: a floor of amax, in units of ``x``.
+        counters: as of :func:`quantize_both`. Only rows of a group are counted.
 
     Returns:
         A ScaledTensor [T, K] and one [K, T'], both row-major in (1, 128) blocks, and ``padded_offsets``, int32 [G] on
@@ -94,17 +113,23 @@ def quantize_grouped_both(
     """
     if not torch.compiler.is_compiling():
         check_options(_GROUPED, pow2, eps)
-        _check(_GROUPED, x, eps)
+        check_pair(_GROUPED, counters)
+        _check(_GROUPED, x, eps, *(counters or ()))
         check_tensor(offsets, _GROUPED, "offsets", (torch.int32,), dim=1)
-    word = word_for(offsets)
-    data, scale, data_t, scale_t, ends_t = torch.ops.fastfp8.quantize_grouped_both(x, offsets, word, pow2, eps)
+    op, arguments = torch.ops.fastfp8.quantize_grouped_both, (x, offsets, word_for(offsets), pow2, eps)
+    if counters is None:
+        data, scale, data_t, scale_t, ends_t = op.default(*arguments)
+    else:
+        data, scale, data_t, scale_t, ends_t = op.counted(*arguments, counters=counters[0], counters_t=counters[1])
     first, second = ScaledTensor._trusted(data, scale, _BLOCK), ScaledTensor._trusted(data_t, scale_t, _BLOCK)
     return first, second, ends_t
 
 
-def _check(op: str, x: Tensor, eps: float) -> None:
+def _check(op: str, x: Tensor, eps: float, counters: Tensor | None = None, counters_t: Tensor | None = None) -> None:
     check_tensor(x, op, "x", INPUT_DTYPES)
     check_eps(op, eps)
+    check_counters(op, counters, x, "x")
+    check_counters(op, counters_t, x, "x", "counters_t")
 
 
 def check_offsets(op: str, offsets: Tensor, error: Tensor | None, x: Tensor, x_name: str) -> None:
@@ -122,20 +147,34 @@ def check_offsets(op: str, offsets: Tensor, error: Tensor | None, x: Tensor, x_n
     check_error(op, error, x, x_name)
 
 
-@torch.library.impl("fastfp8::quantize_both", "CPU")
+@register("quantize_both", "CPU")
 @torch.no_grad()
-def _cpu(x: Tensor, pow2: bool = False, eps: float = 0.0) -> tuple[Tensor, ...]:
-    _check(_BOTH, x, eps)
-    return reference.quantize_both(x, pow2, eps)
+def _cpu(
+    x: Tensor,
+    pow2: bool = False,
+    eps: float = 0.0,
+    *,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    _check(_BOTH, x, eps, counters, counters_t)
+    return reference.quantize_both(x, pow2, eps, counters, counters_t)
 
 
-@torch.library.impl("fastfp8::quantize_both", "CUDA")
+@register("quantize_both", "CUDA")
 @torch.no_grad()
-def _cuda(x: Tensor, pow2: bool = False, eps: float = 0.0) -> tuple[Tensor, ...]:
+def _cuda(
+    x: Tensor,
+    pow2: bool = False,
+    eps: float = 0.0,
+    *,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     from ..triton_kernels import quantize_both as kernels
 
-    _check(_BOTH, x, eps)
-    return kernels.quantize_both(x, pow2, eps)
+    _check(_BOTH, x, eps, counters, counters_t)
+    return kernels.quantize_both(x, pow2, eps, counters, counters_t)
 
 
 def _empty(x: Tensor, tokens: int) -> tuple[Tensor, ...]:
@@ -143,40 +182,75 @@ def _empty(x: Tensor, tokens: int) -> tuple[Tensor, ...]:
     return data, empty_scale(x, scale_shape_of(x.shape, _BLOCK), _BLOCK), *empty_transposed(x, x.shape[1], tokens)
 
 
-@torch.library.register_fake("fastfp8::quantize_both")
-def _fake(x: Tensor, pow2: bool = False, eps: float = 0.0) -> tuple[Tensor, ...]:
-    _check(_BOTH, x, eps)
+@register("quantize_both", "fake")
+def _fake(
+    x: Tensor,
+    pow2: bool = False,
+    eps: float = 0.0,
+    *,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    _check(_BOTH, x, eps, counters, counters_t)
     return _empty(x, pad16(x.shape[0]))
 
 
-@torch.library.impl("fastfp8::quantize_grouped_both", "CPU")
+@register("quantize_grouped_both", "CPU")
 @torch.no_grad()
 def _grouped_cpu(
-    x: Tensor, offsets: Tensor, error: Tensor | None, pow2: bool = False, eps: float = 0.0
+    x: Tensor,
+    offsets: Tensor,
+    error: Tensor | None,
+    pow2: bool = False,
+    eps: float = 0.0,
+    *,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check_grouped(x, offsets, error, eps)
-    return reference.quantize_grouped_both(x, offsets, pow2, eps)
+    _check_grouped(x, offsets, error, eps, counters, counters_t)
+    return reference.quantize_grouped_both(x, offsets, pow2, eps, counters, counters_t)
 
 
-@torch.library.impl("fastfp8::quantize_grouped_both", "CUDA")
+@register("quantize_grouped_both", "CUDA")
 @torch.no_grad()
 def _grouped_cuda(
-    x: Tensor, offsets: Tensor, error: Tensor | None, pow2: bool = False, eps: float = 0.0
+    x: Tensor,
+    offsets: Tensor,
+    error: Tensor | None,
+    pow2: bool = False,
+    eps: float = 0.0,
+    *,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     from ..triton_kernels import quantize_both as kernels
 
-    _check_grouped(x, offsets, error, eps)
-    return kernels.quantize_grouped_both(x, offsets, error, pow2, eps)
+    _check_grouped(x, offsets, error, eps, counters, counters_t)
+    return kernels.quantize_grouped_both(x, offsets, error, pow2, eps, counters, counters_t)
 
 
-@torch.library.register_fake("fastfp8::quantize_grouped_both")
+@register("quantize_grouped_both", "fake")
 def _grouped_fake(
-    x: Tensor, offsets: Tensor, error: Tensor | None, pow2: bool = False, eps: float = 0.0
+    x: Tensor,
+    offsets: Tensor,
+    error: Tensor | None,
+    pow2: bool = False,
+    eps: float = 0.0,
+    *,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check_grouped(x, offsets, error, eps)
+    _check_grouped(x, offsets, error, eps, counters, counters_t)
     return *_empty(x, grouped_tokens(x.shape[0], offsets.shape[0])), torch.empty_like(offsets)
 
 
-def _check_grouped(x: Tensor, offsets: Tensor, error: Tensor | None, eps: float) -> None:
-    _check(_GROUPED, x, eps)
+def _check_grouped(
+    x: Tensor,
+    offsets: Tensor,
+    error: Tensor | None,
+    eps: float,
+    counters: Tensor | None,
+    counters_t: Tensor | None,
+) -> None:
+    _check(_GROUPED, x, eps, counters, counters_t)
     check_offsets(_GROUPED, offsets, error, x, "x")

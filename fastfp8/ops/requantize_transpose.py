@@ -7,10 +7,12 @@ from typing import overload
 import torch
 from torch import Tensor
 
+from ..counters import check_counters
 from ..errors import ArgumentTypeError, check_tensor, check_type, message, value_error
 from ..layout import BLOCK, Block, empty_transposed, grouped_tokens, pad16
 from ..reference import requantize_transpose as reference
 from ..scaled_tensor import ScaledTensor
+from .counted import register
 from .dequantize import check_scaled
 from .grouped_gemm import word_for
 from .quantize_both import check_offsets, transposed_tensor
@@ -20,15 +22,19 @@ _BLOCK: Block = (1, BLOCK)
 
 
 @overload
-def requantize_transpose(t: ScaledTensor, offsets: None = None, *, pad: bool = False) -> ScaledTensor: ...
+def requantize_transpose(
+    t: ScaledTensor, offsets: None = None, *, pad: bool = False, counters: Tensor | None = None
+) -> ScaledTensor: ...
 
 
 @overload
-def requantize_transpose(t: ScaledTensor, offsets: Tensor, *, pad: bool = False) -> tuple[ScaledTensor, Tensor]: ...
+def requantize_transpose(
+    t: ScaledTensor, offsets: Tensor, *, pad: bool = False, counters: Tensor | None = None
+) -> tuple[ScaledTensor, Tensor]: ...
 
 
 def requantize_transpose(
-    t: ScaledTensor, offsets: Tensor | None = None, *, pad: bool = False
+    t: ScaledTensor, offsets: Tensor | None = None, *, pad: bool = False, counters: Tensor | None = None
 ) -> ScaledTensor | tuple[ScaledTensor, Tensor]:
     """``quantize(dequantize(t).T, pow2=True)`` in one pass from FP8 to FP8: a saved input becomes an operand of Wgrad.
 
@@ -44,6 +50,7 @@ def requantize_transpose(
             ``t``, the row at which each ends.
         pad: whether the result has zeros up to the next multiple of 16 tokens, as in :func:`fastfp8.quantize_both`.
             Groups are always padded, to 128.
+        counters: as of :func:`fastfp8.quantize`, for the dequantised values. Of groups only their rows are counted.
 
     Returns:
         Without ``offsets`` a ScaledTensor [K, M] in (1, 128) blocks, whose rows are M rounded up to 16 codes apart;
@@ -60,64 +67,79 @@ def requantize_transpose(
     if t.block != _BLOCK:
         raise value_error(_OP, "t", f"blocks of {_BLOCK}", f"blocks of {t.block}")
     check_type(pad, bool, _OP, "pad", "a bool")
+    check_counters(_OP, counters, t.data, "t")
+    op = torch.ops.fastfp8.requantize_transpose
     if offsets is None:
-        data_t, scale_t = torch.ops.fastfp8.requantize_transpose.default(t.data, t.scale)
+        if counters is None:
+            data_t, scale_t = op.default(t.data, t.scale)
+        else:
+            data_t, scale_t = op.counted(t.data, t.scale, counters=counters)
         return transposed_tensor(data_t, scale_t, None if pad else t.shape[0])
     check_tensor(offsets, _OP, "offsets", (torch.int32,), dim=1)
-    grouped = torch.ops.fastfp8.requantize_transpose.grouped
-    data_t, scale_t, ends_t = grouped(t.data, t.scale, offsets, word_for(offsets))
+    arguments = (t.data, t.scale, offsets, word_for(offsets))
+    if counters is None:
+        data_t, scale_t, ends_t = op.grouped(*arguments)
+    else:
+        data_t, scale_t, ends_t = op.grouped_counted(*arguments, counters=counters)
     return ScaledTensor._trusted(data_t, scale_t, _BLOCK), ends_t
 
 
-def _check(data: Tensor, scale: Tensor) -> None:
+def _check(data: Tensor, scale: Tensor, counters: Tensor | None) -> None:
     check_scaled(_OP, "data", data, "scale", scale, _BLOCK)
+    check_counters(_OP, counters, data, "data")
 
 
-def _check_grouped(data: Tensor, scale: Tensor, offsets: Tensor, error: Tensor | None) -> None:
-    _check(data, scale)
+def _check_grouped(data: Tensor, scale: Tensor, offsets: Tensor, error: Tensor | None, counters: Tensor | None) -> None:
+    _check(data, scale, counters)
     check_offsets(_OP, offsets, error, data, "data")
 
 
-@torch.library.impl("fastfp8::requantize_transpose", "CPU")
+@register("requantize_transpose", "CPU")
 @torch.no_grad()
-def _cpu(data: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    _check(data, scale)
-    return reference.requantize_transpose(data, scale)
+def _cpu(data: Tensor, scale: Tensor, *, counters: Tensor | None = None) -> tuple[Tensor, ...]:
+    _check(data, scale, counters)
+    return reference.requantize_transpose(data, scale, counters)
 
 
-@torch.library.impl("fastfp8::requantize_transpose", "CUDA")
+@register("requantize_transpose", "CUDA")
 @torch.no_grad()
-def _cuda(data: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+def _cuda(data: Tensor, scale: Tensor, *, counters: Tensor | None = None) -> tuple[Tensor, ...]:
     from ..triton_kernels import requantize_transpose as kernels
 
-    _check(data, scale)
-    return kernels.requantize_transpose(data, scale)
+    _check(data, scale, counters)
+    return kernels.requantize_transpose(data, scale, counters)
 
 
-@torch.library.register_fake("fastfp8::requantize_transpose")
-def _fake(data: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
-    _check(data, scale)
+@register("requantize_transpose", "fake")
+def _fake(data: Tensor, scale: Tensor, *, counters: Tensor | None = None) -> tuple[Tensor, ...]:
+    _check(data, scale, counters)
     return empty_transposed(data, data.shape[1], pad16(data.shape[0]))
 
 
-@torch.library.impl("fastfp8::requantize_transpose.grouped", "CPU")
+@register("requantize_transpose.grouped", "CPU")
 @torch.no_grad()
-def _grouped_cpu(data: Tensor, scale: Tensor, offsets: Tensor, error: Tensor | None) -> tuple[Tensor, ...]:
-    _check_grouped(data, scale, offsets, error)
-    return reference.requantize_grouped_transpose(data, scale, offsets)
+def _grouped_cpu(
+    data: Tensor, scale: Tensor, offsets: Tensor, error: Tensor | None, *, counters: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    _check_grouped(data, scale, offsets, error, counters)
+    return reference.requantize_grouped_transpose(data, scale, offsets, counters)
 
 
-@torch.library.impl("fastfp8::requantize_transpose.grouped", "CUDA")
+@register("requantize_transpose.grouped", "CUDA")
 @torch.no_grad()
-def _grouped_cuda(data: Tensor, scale: Tensor, offsets: Tensor, error: Tensor | None) -> tuple[Tensor, ...]:
+def _grouped_cuda(
+    data: Tensor, scale: Tensor, offsets: Tensor, error: Tensor | None, *, counters: Tensor | None = None
+) -> tuple[Tensor, ...]:
     from ..triton_kernels import requantize_transpose as kernels
 
-    _check_grouped(data, scale, offsets, error)
-    return kernels.requantize_grouped_transpose(data, scale, offsets, error)
+    _check_grouped(data, scale, offsets, error, counters)
+    return kernels.requantize_grouped_transpose(data, scale, offsets, error, counters)
 
 
-@torch.library.register_fake("fastfp8::requantize_transpose.grouped")
-def _grouped_fake(data: Tensor, scale: Tensor, offsets: Tensor, error: Tensor | None) -> tuple[Tensor, ...]:
-    _check_grouped(data, scale, offsets, error)
+@register("requantize_transpose.grouped", "fake")
+def _grouped_fake(
+    data: Tensor, scale: Tensor, offsets: Tensor, error: Tensor | None, *, counters: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    _check_grouped(data, scale, offsets, error, counters)
     tokens = grouped_tokens(data.shape[0], offsets.shape[0])
     return *empty_transposed(data, data.shape[1], tokens), torch.empty_like(offsets)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..counters import check_counters
 from ..errors import check_device, check_tensor, check_type, check_value, value_error
 from ..layout import BLOCK, Block, empty_scale, scale_shape
 from ..reference.swiglu_quantize import swiglu_quantize as reference_swiglu_quantize
 from ..scaled_tensor import ScaledTensor
+from .counted import register
 from .dequantize import check_scaled
 from .quantize import INPUT_DTYPES, check_eps
 from .quantize import check_options as check_quantize_options
@@ -24,6 +26,7 @@ def swiglu_quantize(
     *,
     pow2: bool = False,
     eps: float = 0.0,
+    counters: Tensor | None = None,
 ) -> ScaledTensor:
     """``silu(gate) * up * weight`` of each row, quantised as :func:`fastfp8.quantize` does FP32 in (1, 128) blocks.
 
@@ -38,7 +41,7 @@ def swiglu_quantize(
         weight: float32 [M], what each row is multiplied by (the weight that routing gives a token), or None.
         limit: clamps ``gate`` to at most ``limit`` and ``up`` to between ``-limit`` and ``limit`` first, as gpt-oss,
             DeepSeek-V4 and TileKernels do; positive, or None for no clamp. It becomes FP32.
-        pow2: as of :func:`fastfp8.quantize`; so is ``eps``.
+        pow2: as of :func:`fastfp8.quantize`; so are ``eps`` and ``counters``.
 
     Returns:
         ScaledTensor [M, F] in (1, 128) blocks.
@@ -50,8 +53,12 @@ def swiglu_quantize(
     values, values_scale = parts_of(_OP, gate_up)
     if not torch.compiler.is_compiling():  # there the fake implementation checks: Dynamo cannot trace all of it
         check_options(_OP, limit, pow2, eps)
-        _check(values, weight, limit, eps, values_scale)
-    data, scale = torch.ops.fastfp8.swiglu_quantize(values, weight, limit, pow2, eps, values_scale)
+        _check(values, weight, limit, eps, values_scale, counters)
+    op, arguments = torch.ops.fastfp8.swiglu_quantize, (values, weight, limit, pow2, eps, values_scale)
+    if counters is None:
+        data, scale = op.default(*arguments)
+    else:
+        data, scale = op.counted(*arguments, counters=counters)
     return ScaledTensor._trusted(data, scale, ROW_BLOCK)
 
 
@@ -102,13 +109,19 @@ def check_swiglu(
 
 
 def _check(
-    gate_up: Tensor, weight: Tensor | None, limit: float | None, eps: float, gate_up_scale: Tensor | None
+    gate_up: Tensor,
+    weight: Tensor | None,
+    limit: float | None,
+    eps: float,
+    gate_up_scale: Tensor | None,
+    counters: Tensor | None,
 ) -> None:
     check_gate_up(_OP, gate_up, gate_up_scale)
     check_swiglu(_OP, weight, limit, eps, gate_up.shape[0], gate_up)
+    check_counters(_OP, counters, gate_up, "gate_up")
 
 
-@torch.library.impl("fastfp8::swiglu_quantize", "CPU")
+@register("swiglu_quantize", "CPU")
 @torch.no_grad()
 def _cpu(
     gate_up: Tensor,
@@ -117,12 +130,14 @@ def _cpu(
     pow2: bool = False,
     eps: float = 0.0,
     gate_up_scale: Tensor | None = None,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(gate_up, weight, limit, eps, gate_up_scale)
-    return reference_swiglu_quantize(gate_up, weight, limit, pow2, eps, gate_up_scale)
+    _check(gate_up, weight, limit, eps, gate_up_scale, counters)
+    return reference_swiglu_quantize(gate_up, weight, limit, pow2, eps, gate_up_scale, counters)
 
 
-@torch.library.impl("fastfp8::swiglu_quantize", "CUDA")
+@register("swiglu_quantize", "CUDA")
 @torch.no_grad()
 def _cuda(
     gate_up: Tensor,
@@ -131,14 +146,16 @@ def _cuda(
     pow2: bool = False,
     eps: float = 0.0,
     gate_up_scale: Tensor | None = None,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from ..triton_kernels.swiglu_quantize import swiglu_quantize as triton_swiglu_quantize
 
-    _check(gate_up, weight, limit, eps, gate_up_scale)
-    return triton_swiglu_quantize(gate_up, weight, limit, pow2, eps, gate_up_scale)
+    _check(gate_up, weight, limit, eps, gate_up_scale, counters)
+    return triton_swiglu_quantize(gate_up, weight, limit, pow2, eps, gate_up_scale, counters)
 
 
-@torch.library.register_fake("fastfp8::swiglu_quantize")
+@register("swiglu_quantize", "fake")
 def _fake(
     gate_up: Tensor,
     weight: Tensor | None = None,
@@ -146,8 +163,10 @@ def _fake(
     pow2: bool = False,
     eps: float = 0.0,
     gate_up_scale: Tensor | None = None,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(gate_up, weight, limit, eps, gate_up_scale)
+    _check(gate_up, weight, limit, eps, gate_up_scale, counters)
     rows, f = gate_up.shape[0], gate_up.shape[1] // 2
     data = gate_up.new_empty((rows, f), dtype=torch.float8_e4m3fn)
     return data, empty_scale(gate_up, scale_shape(rows, f, ROW_BLOCK), ROW_BLOCK)

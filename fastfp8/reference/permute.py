@@ -61,9 +61,11 @@ def permute_scaled(x: Tensor, x_scale: Tensor, rows: Tensor) -> tuple[Tensor, Te
     return data, scale
 
 
-def permute_quantize(x: Tensor, rows: Tensor, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:
+def permute_quantize(
+    x: Tensor, rows: Tensor, pow2: bool, eps: float, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.permute_quantize`; arguments are checked already."""
-    return permute_scaled(*quantize(x, _BLOCK, pow2, eps), rows)
+    return permute_scaled(*quantize(x, _BLOCK, pow2, eps, counters=counters), rows)
 
 
 def unpermute(

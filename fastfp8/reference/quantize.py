@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..layout import Block, as_matrices, empty_scale, scale_shape_of
 from ..presets import Rules
+from .counters import count
 
 E4M3_MAX = 448.0
 # Floor of a block's amax: below it 448 / amax would leave FP32's normal range, and hardware may flush what is not.
@@ -40,7 +41,9 @@ def scale_and_multiplier(floored: Tensor, pow2: bool, largest: float = E4M3_MAX)
     return (exponent << 23).view(torch.float32), ((254 - exponent) << 23).view(torch.float32)
 
 
-def quantize_rows(x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: bool, eps: float) -> None:
+def quantize_rows(
+    x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: bool, eps: float, counters: Tensor | None = None
+) -> None:
     """Quantise ``x`` [R, C] into ``data`` and ``scale``."""
     rows, cols = x.shape
     row_blocks, col_blocks = scale.shape
@@ -60,6 +63,7 @@ def quantize_rows(x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: bo
         block_scale[amax == 0] = multiplier[amax == 0] = 1.0
     scale.copy_(block_scale)
     codes = x * multiplier[:, None, :, None]
+    count(counters, x, codes, rows * cols)
     if not ragged and ordinary:
         data.view(x.shape).copy_(codes)
         return
@@ -119,10 +123,18 @@ def _scales_as(
 
 
 def quantize_matrix(
-    x: Tensor, data: Tensor, scale: Tensor, block: Block, pow2: bool, eps: float, rules: Rules | None = None
+    x: Tensor,
+    data: Tensor,
+    scale: Tensor,
+    block: Block,
+    pow2: bool,
+    eps: float,
+    rules: Rules | None = None,
+    counters: Tensor | None = None,
 ) -> None:
     """Quantise ``x`` [R, C], not empty, into ``data`` and ``scale``, a chunk at a time."""
-    of_rows = quantize_rows if rules is None else functools.partial(quantize_rows_as, rules)
+    ours = functools.partial(quantize_rows, counters=counters)
+    of_rows = ours if rules is None else functools.partial(quantize_rows_as, rules)
     rows, cols = x.shape
     step = max(1, _CHUNK // (cols * block[0]))
     if rows <= step * block[0]:
@@ -133,7 +145,14 @@ def quantize_matrix(
         of_rows(x[chunk], data[chunk], scale[first : first + step], block, pow2, eps)
 
 
-def quantize(x: Tensor, block: Block, pow2: bool, eps: float, rules: Rules | None = None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor,
+    block: Block,
+    pow2: bool,
+    eps: float,
+    rules: Rules | None = None,
+    counters: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.quantize`; arguments are checked already."""
     if x.requires_grad:
         x = x.detach()
@@ -141,5 +160,5 @@ def quantize(x: Tensor, block: Block, pow2: bool, eps: float, rules: Rules | Non
     scale = empty_scale(x, scale_shape_of(x.shape, block), block)
     if x.numel():
         for x_matrix, data_matrix, scale_matrix in as_matrices(block, x, data, scale):
-            quantize_matrix(x_matrix, data_matrix, scale_matrix, block, pow2, eps, rules)
+            quantize_matrix(x_matrix, data_matrix, scale_matrix, block, pow2, eps, rules, counters)
     return data, scale

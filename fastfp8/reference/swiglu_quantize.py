@@ -30,6 +30,7 @@ def swiglu_quantize_into(
     pow2: bool,
     eps: float,
     gate_up_scale: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> None:
     """swiglu_quantize of ``gate_up`` [R, 2 F] into ``data`` [R, F] and ``scale`` [R, ceil(F / 128)]."""
     rows, f = data.shape
@@ -40,7 +41,7 @@ def swiglu_quantize_into(
         chunk = slice(first, first + step)
         part = rows_of(gate_up, gate_up_scale, chunk)
         h = swiglu(part[:, :f], part[:, f:], None if weight is None else weight[chunk], limit)
-        quantize_rows(h, data[chunk], scale[chunk], _BLOCK, pow2, eps)
+        quantize_rows(h, data[chunk], scale[chunk], _BLOCK, pow2, eps, counters=counters)
 
 
 def swiglu_quantize(
@@ -50,10 +51,11 @@ def swiglu_quantize(
     pow2: bool,
     eps: float,
     gate_up_scale: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.swiglu_quantize`; arguments are checked already."""
     rows, f = gate_up.shape[0], gate_up.shape[1] // 2
     data = torch.empty((rows, f), dtype=torch.float8_e4m3fn)
     scale = empty_scale(gate_up, scale_shape(rows, f, _BLOCK), _BLOCK)
-    swiglu_quantize_into(data, scale, gate_up, weight, limit, pow2, eps, gate_up_scale)
+    swiglu_quantize_into(data, scale, gate_up, weight, limit, pow2, eps, gate_up_scale, counters)
     return data, scale

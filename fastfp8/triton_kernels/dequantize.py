@@ -30,7 +30,7 @@ def dequantize_kernel(
     TILE_ROWS: tl.constexpr,
     TILE_COLS: tl.constexpr,
 ):
-    row, col, block_row, block_col = tile_indices(cols, TILE_ROWS, TILE_COLS, BLOCK_ROWS, BLOCK_COLS)
+    row, col, block_row, block_col = tile_indices(cols, out, TILE_ROWS, TILE_COLS, BLOCK_ROWS, BLOCK_COLS)
     inside = (row < rows) & (col < cols)
     codes = tl.load(data + row * data_row_stride + col * data_col_stride, mask=inside, other=0.0)
     in_scale = (block_row * BLOCK_ROWS < rows) & (block_col * BLOCK_COLS < cols)

@@ -47,25 +47,39 @@ def word_of(codes, k, WORD: tl.constexpr):
 
 
 @triton.jit
-def pack_tile(x, words, multiplier, row, start, rows, cols, x_row_stride, x_col_stride, words_cols, COLS: tl.constexpr):
-    """Pack columns ``start`` to ``start + COLS`` of the rows ``row`` [ROWS, 1, 1]. ``multiplier`` is [ROWS, 1, 1]."""
-    group, k = tl.arange(0, COLS // 8)[None, :, None], tl.arange(0, 8)[None, None, :]
-    col = start + group * 8 + k
-    values = tl.load(x + row * x_row_stride + col * x_col_stride, mask=(row < rows) & (col < cols), other=0.0)
-    codes = to_codes(values.to(tl.float32) * multiplier)
-    row, word = tl.reshape(row, [row.shape[0], 1]), (start // 8 + tl.arange(0, COLS // 8)[None, :]) * 3
-    out, inside = words + row * words_cols + word, (row < rows) & (word < words_cols)
-    tl.store(out, word_of(codes, k, 0).to(tl.int32, bitcast=True), mask=inside)
-    tl.store(out + 1, word_of(codes, k, 1).to(tl.int32, bitcast=True), mask=inside)
-    tl.store(out + 2, word_of(codes, k, 2).to(tl.int32, bitcast=True), mask=inside)
+def load_tile(x, row, start, rows, cols, x_row_stride, x_col_stride, COLS: tl.constexpr):
+    """FP32 values [ROWS, COLS / 8, 8] of the rows ``row`` [ROWS, 1, 1] from column ``start`` on; zeros outside."""
+    col = start + tl.arange(0, COLS // 8)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    inside = (row < rows) & (col < cols)
+    return tl.load(x + row * x_row_stride + col * x_col_stride, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def row_amax(x, row, start, rows, cols, x_row_stride, x_col_stride, COLS: tl.constexpr):
-    """The amax of each row [ROWS, 1, 1] over columns ``start`` to ``start + COLS``."""
-    col = start + tl.arange(0, COLS // 8)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    values = tl.load(x + row * x_row_stride + col * x_col_stride, mask=(row < rows) & (col < cols), other=0.0)
-    return tl.max(tl.max(finite_magnitude(values.to(tl.float32)), 2, keep_dims=True), 1, keep_dims=True)
+def row_amax(values):
+    """The amax of each row [ROWS, 1, 1] of a tile [ROWS, COLS / 8, 8]."""
+    return tl.max(tl.max(finite_magnitude(values), 2, keep_dims=True), 1, keep_dims=True)
+
+
+@triton.jit
+def words_of(words, row, start, rows, words_cols, COLS: tl.constexpr):
+    """Where the words [ROWS, COLS / 8, 4] of a tile are, and which of them exist: of each four the first three.
+
+    With the fourth, lanes that lie side by side have words that do: whole sectors, where a load or store of every third
+    word would touch them all and take a third of each.
+    """
+    group, which = start // 8 + tl.arange(0, COLS // 8)[None, :, None], tl.arange(0, 4)[None, None, :]
+    at = words + row * words_cols + group * 3 + which
+    return at, (row < rows) & (group * 3 < words_cols) & (which < 3)
+
+
+@triton.jit
+def pack_tile(values, words, multiplier, row, start, rows, words_cols, COLS: tl.constexpr):
+    """Pack a tile [ROWS, COLS / 8, 8]. ``multiplier`` is [ROWS, 1, 1]."""
+    codes, k = to_codes(values * multiplier), tl.arange(0, 8)[None, None, :]
+    w0, w1, w2 = word_of(codes, k, 0), word_of(codes, k, 1), word_of(codes, k, 2)
+    packed = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w1)), [values.shape[0], COLS // 8, 4])
+    at, inside = words_of(words, row, start, rows, words_cols, COLS)
+    tl.store(at, packed.to(tl.int32, bitcast=True), mask=inside)
 
 
 @triton.jit
@@ -90,29 +104,28 @@ def pack_e5m6_kernel(
     tile = tl.program_id(0) // across
     block = (tl.program_id(0) % across).to(tl.int64)
     row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None, None]
+    values = load_tile(x, row, block * COLS, rows, cols, x_row_stride, x_col_stride, COLS)
+    amax = row_amax(values)
     if PER_ROW:
-        amax = tl.zeros([ROWS, 1, 1], tl.float32)
-        for start in range(0, cols, COLS):
-            amax = tl.maximum(amax, row_amax(x, row, start, rows, cols, x_row_stride, x_col_stride, COLS))
-    else:
-        amax = row_amax(x, row, block * COLS, rows, cols, x_row_stride, x_col_stride, COLS)
+        for start in range(COLS, cols, COLS):
+            amax = tl.maximum(amax, row_amax(load_tile(x, row, start, rows, cols, x_row_stride, x_col_stride, COLS)))
     row_scale, multiplier = scale_and_multiplier(amax, floor, POW2, LARGEST)
     tl.store(scale + row + block * scale_pitch, row_scale, mask=row < rows)
+    pack_tile(values, words, multiplier, row, block * COLS, rows, words_cols, COLS)
     if PER_ROW:
-        for start in range(0, cols, COLS):
-            pack_tile(x, words, multiplier, row, start, rows, cols, x_row_stride, x_col_stride, words_cols, COLS)
-    else:
-        pack_tile(x, words, multiplier, row, block * COLS, rows, cols, x_row_stride, x_col_stride, words_cols, COLS)
+        for start in range(COLS, cols, COLS):
+            values = load_tile(x, row, start, rows, cols, x_row_stride, x_col_stride, COLS)
+            pack_tile(values, words, multiplier, row, start, rows, words_cols, COLS)
 
 
 @triton.jit
-def unpack_tile(words, scale, row, start, rows, words_cols, scale_pitch, PER_ROW: tl.constexpr, COLS: tl.constexpr):
+def unpack_tile(words, factor, row, start, rows, words_cols, COLS: tl.constexpr):
     """The FP32 values [ROWS, COLS] of the rows ``row`` [ROWS, 1] from column ``start`` on; zeros outside."""
-    word = (start // 8 + tl.arange(0, COLS // 8)[None, :]) * 3
-    at, inside = words + row * words_cols + word, (row < rows) & (word < words_cols)
-    w0 = tl.load(at, mask=inside, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
-    w1 = tl.load(at + 1, mask=inside, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
-    w2 = tl.load(at + 2, mask=inside, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
+    at, inside = words_of(words, tl.reshape(row, [row.shape[0], 1, 1]), start, rows, words_cols, COLS)
+    packed = tl.load(at, mask=inside, other=0).to(tl.uint32, bitcast=True)
+    even, odd = tl.split(tl.reshape(packed, [row.shape[0], COLS // 8, 2, 2]))
+    w0, w2 = tl.split(even.to(tl.uint64))
+    w1, _ = tl.split(odd.to(tl.uint64))
     # 48 bits each, which are four codes.
     high, low = ((w0 << 16) | (w1 >> 16))[:, :, None], (((w1 & 0xFFFF) << 32) | w2)[:, :, None]
     k = tl.arange(0, 8)[None, None, :]
@@ -120,8 +133,6 @@ def unpack_tile(words, scale, row, start, rows, words_cols, scale_pitch, PER_ROW
     # A code is a float16 without its last four bits.
     codes = ((half & 0xFFF) << 4).to(tl.uint16).to(tl.float16, bitcast=True)
     values = tl.reshape(codes.to(tl.float32), [row.shape[0], COLS])
-    block = 0 if PER_ROW else start // 128
-    factor = tl.load(scale + row + block * scale_pitch, mask=row < rows, other=0.0)
     return values * factor
 
 
@@ -141,7 +152,8 @@ def unpack_e5m6_kernel(
     across = tl.cdiv(cols, COLS)
     row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     start = (tl.program_id(0) % across).to(tl.int64) * COLS
-    values = unpack_tile(words, scale, row, start, rows, words_cols, scale_pitch, PER_ROW, COLS)
+    factor = tl.load(scale + row + (0 if PER_ROW else start // 128) * scale_pitch, mask=row < rows, other=0.0)
+    values = unpack_tile(words, factor, row, start, rows, words_cols, COLS)
     col = start + tl.arange(0, COLS)[None, :]
     tl.store(out + row * cols + col, values.to(out.dtype.element_ty), mask=(row < rows) & (col < cols))
 
@@ -168,7 +180,11 @@ def requantize_e5m6_kernel(
     block = (tl.program_id(0) // across).to(tl.int64)
     row = block * ROWS + tl.arange(0, ROWS)[:, None]
     start = (tl.program_id(0) % across).to(tl.int64) * COLS
-    values = unpack_tile(words, scale, row, start, rows, words_cols, scale_pitch, PER_ROW, COLS)
+    # Each twice, so that they are no fewer than the threads. A load of fewer Triton takes for cheap: it would do it
+    # again in the layout in which it stores the scales, and compute all values in that layout too.
+    twice = scale + row + (0 if PER_ROW else start // 128) * scale_pitch + 0 * tl.arange(0, 2)[None, :]
+    factor, _ = tl.split(tl.load(twice, mask=(row < rows) & (tl.arange(0, 2)[None, :] < 2), other=0.0))
+    values = unpack_tile(words, factor[:, None], row, start, rows, words_cols, COLS)
     col = start + tl.arange(0, COLS)[None, :]
     amax = tl.max(finite_magnitude(values), 0, keep_dims=True)
     block_scale, multiplier = scale_and_multiplier(amax, floor, POW2)

@@ -17,6 +17,7 @@ from ..layout import BLOCK, Block, ceil_div, empty_scale, scale_shape
 from ..reference.permute import DOT_LANES
 from ..reference.quantize import AMAX_FLOOR
 from . import TILES, require_fp8, tile_indices
+from .counters import count
 from .pairwise import pairwise_sum
 from .quantize import FP16_CAPABILITY, finite_magnitude, scale_and_multiplier, to_e4m3
 
@@ -96,6 +97,21 @@ def place_kernel(
     tl.store(slots + entry, tl.full([ENTRIES], -1, tl.int32), mask=(entry >= filled) & (entry < entries))
 
 
+@triton.jit
+def entries_of(at, token, tokens, top_k, other, TOP_K: tl.constexpr):
+    """What tokens [TILE_ROWS, 1] have for each k [TILE_ROWS, TOP_K], read once, in whole sectors."""
+    k = tl.arange(0, TOP_K)[None, :]
+    return tl.load(at + token * top_k + k, mask=(token < tokens) & (k < top_k), other=other)
+
+
+@triton.jit
+def entry(entries, k, TOP_K: tl.constexpr):
+    """Column ``k`` of ``entries`` [TILE_ROWS, TOP_K], bit for bit."""
+    bits = entries.to(tl.int32, bitcast=True)
+    column = tl.sum(tl.where(tl.arange(0, TOP_K)[None, :] == k, bits, 0), 1, keep_dims=True)
+    return column.to(entries.dtype, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["tokens", "x_scale_stride", "out_scale_stride"])
 def permute_kernel(
     x,
@@ -103,6 +119,7 @@ def permute_kernel(
     rows,
     out,
     out_scale,
+    counters,
     tokens,
     cols,
     top_k,
@@ -114,22 +131,25 @@ def permute_kernel(
     QUANTIZE: tl.constexpr,
     POW2: tl.constexpr,
     STICKY: tl.constexpr,
+    TOP_K: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLS: tl.constexpr,
 ):
     """Each element is read once and written to every row of its token. Scales are made, moved, or there are none."""
-    token, col, _, block_col = tile_indices(cols, TILE_ROWS, TILE_COLS, 1, TILE_COLS)
+    token, col, _, block_col = tile_indices(cols, x, TILE_ROWS, TILE_COLS, 1, TILE_COLS)
     inside = (token < tokens) & (col < cols)
     values = tl.load(x + token * x_row_stride + col * x_col_stride, mask=inside, other=0)
     if QUANTIZE:
         values = values.to(tl.float32)
         amax = tl.max(finite_magnitude(values), 1, keep_dims=True)
         scale, multiplier = scale_and_multiplier(amax, floor, POW2)
+        count(counters, values, multiplier, inside)
         values = to_e4m3(values * multiplier, STICKY)
     elif x_scale is not None:
         scale = tl.load(x_scale + token + block_col * x_scale_stride, mask=token < tokens, other=0.0)
+    to = entries_of(rows, token, tokens, top_k, -1, TOP_K)
     for k in range(top_k):
-        row = tl.load(rows + token * top_k + k, mask=token < tokens, other=-1).to(tl.int64)
+        row = entry(to, k, TOP_K).to(tl.int64)
         used = (row >= 0) & (row < tokens * top_k)
         tl.store(out + row * cols + col, values, mask=used & (col < cols))
         if out_scale is not None:
@@ -149,20 +169,24 @@ def unpermute_kernel(
     y_row_stride,
     y_col_stride,
     y_scale_stride,
+    TOP_K: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLS: tl.constexpr,
 ):
-    token, col, _, block_col = tile_indices(cols, TILE_ROWS, TILE_COLS, 1, TILE_COLS)
+    token, col, _, block_col = tile_indices(cols, out, TILE_ROWS, TILE_COLS, 1, TILE_COLS)
     inside = (token < tokens) & (col < cols)
     total = tl.zeros([TILE_ROWS, TILE_COLS], tl.float32)
+    at = entries_of(rows, token, tokens, top_k, -1, TOP_K)
+    if weights is not None:
+        factors = entries_of(weights, token, tokens, top_k, 0.0, TOP_K)
     for k in range(top_k):
-        row = tl.load(rows + token * top_k + k, mask=token < tokens, other=-1).to(tl.int64)
+        row = entry(at, k, TOP_K).to(tl.int64)
         used = (row >= 0) & (row < tokens * top_k)
         values = tl.load(y + row * y_row_stride + col * y_col_stride, mask=used & inside, other=0.0).to(tl.float32)
         if y_scale is not None:
             values *= tl.load(y_scale + row + block_col * y_scale_stride, mask=used, other=0.0)
         if weights is not None:
-            values *= tl.load(weights + token * top_k + k, mask=token < tokens, other=0.0)
+            values *= entry(factors, k, TOP_K)
         total = tl.where(used, total + values, total)
     tl.store(out + token * cols + col, total.to(out.dtype.element_ty), mask=inside)
 
@@ -234,6 +258,7 @@ def _permute(
     out: Tensor,
     out_scale: Tensor | None,
     quantize: tuple[bool, float, bool] | None = None,
+    counters: Tensor | None = None,
 ) -> None:
     """``quantize`` is pow2, eps, and whether the conversion needs a sticky bit."""
     tokens, cols = x.shape
@@ -248,6 +273,7 @@ def _permute(
             rows,
             out,
             out_scale,
+            counters,
             tokens,
             cols,
             rows.shape[1],
@@ -258,6 +284,7 @@ def _permute(
             QUANTIZE=quantize is not None,
             POW2=pow2,
             STICKY=sticky,
+            TOP_K=triton.next_power_of_2(rows.shape[1]),
             TILE_ROWS=tile.rows,
             TILE_COLS=tile.cols,
             num_warps=tile.num_warps,
@@ -285,11 +312,13 @@ def permute_scaled(x: Tensor, x_scale: Tensor, rows: Tensor) -> tuple[Tensor, Te
     return data, scale
 
 
-def permute_quantize(x: Tensor, rows: Tensor, pow2: bool, eps: float) -> tuple[Tensor, Tensor]:
+def permute_quantize(
+    x: Tensor, rows: Tensor, pow2: bool, eps: float, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.permute_quantize`; arguments are checked already."""
     capability = require_fp8("permute_quantize", x.device)
     data, scale = _empty_scaled(x, rows)
-    _permute(x, None, rows, data, scale, (pow2, eps, capability == FP16_CAPABILITY))
+    _permute(x, None, rows, data, scale, (pow2, eps, capability == FP16_CAPABILITY), counters)
     return data, scale
 
 
@@ -316,6 +345,7 @@ def unpermute(
             top_k,
             *y.stride(),
             0 if y_scale is None else y_scale.stride(1),
+            TOP_K=triton.next_power_of_2(top_k),
             TILE_ROWS=tile.rows,
             TILE_COLS=tile.cols,
             num_warps=tile.num_warps,

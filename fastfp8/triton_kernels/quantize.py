@@ -11,6 +11,7 @@ from ..layout import Block, as_matrices, empty_scale, scale_shape_of
 from ..presets import Rules
 from ..reference.quantize import AMAX_FLOOR
 from . import TILES, require_fp8, tile_indices
+from .counters import count
 from .presets import OURS, constants, magnitude_bits, scale_and_scaled
 
 # For this one Triton before 3.9 converts FP32 to e4m3 by way of FP16, truncating: 0.28 % of the codes of normal BF16
@@ -67,6 +68,7 @@ def quantize_kernel(
     x,
     data,
     scale,
+    counters,
     rows,
     cols,
     x_row_stride,
@@ -89,13 +91,14 @@ def quantize_kernel(
     FOR_NAN: tl.constexpr,
 ):
     """By our rules or, of another SCALE, by those of a preset, of which only these have a ``largest_multiplier``."""
-    row, col, block_row, block_col = tile_indices(cols, TILE_ROWS, TILE_COLS, BLOCK_ROWS, BLOCK_COLS)
+    row, col, block_row, block_col = tile_indices(cols, x, TILE_ROWS, TILE_COLS, BLOCK_ROWS, BLOCK_COLS)
     inside = (row < rows) & (col < cols)
     values = tl.load(x + row * x_row_stride + col * x_col_stride, mask=inside, other=0.0).to(tl.float32)
 
     if SCALE == OURS:
         amax = block_max(finite_magnitude(values), BLOCK_ROWS, BLOCK_COLS)
         block_scale, multiplier = scale_and_multiplier(amax, floor, POW2)
+        count(counters, values, multiplier, inside)
         values *= multiplier
     else:
         bits = block_max(magnitude_bits(values, NAN_BLOCK), BLOCK_ROWS, BLOCK_COLS)
@@ -108,7 +111,14 @@ def quantize_kernel(
     tl.store(scale + block_row * scale_row_stride + block_col * scale_col_stride, block_scale, mask=in_scale)
 
 
-def quantize(x: Tensor, block: Block, pow2: bool, eps: float, rules: Rules | None = None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor,
+    block: Block,
+    pow2: bool,
+    eps: float,
+    rules: Rules | None = None,
+    counters: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.quantize`; arguments are checked already."""
     capability = require_fp8("quantize", x.device)
     data = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
@@ -123,6 +133,7 @@ def quantize(x: Tensor, block: Block, pow2: bool, eps: float, rules: Rules | Non
                 x_matrix,
                 data_matrix,
                 scale_matrix,
+                counters,
                 rows,
                 cols,
                 *x_matrix.stride(),

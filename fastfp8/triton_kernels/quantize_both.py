@@ -20,11 +20,12 @@ from ..error_word import QUANTIZE_OFFSETS
 from ..layout import BLOCK, ceil_div, empty_scale, empty_transposed, grouped_tokens, pad16, scale_shape_of
 from ..reference.quantize import AMAX_FLOOR
 from . import require_fp8
+from .counters import count
 from .grouped_gemm import rows_of_groups, tile_of_groups
 from .quantize import FP16_CAPABILITY, finite_magnitude, scale_and_multiplier, to_e4m3
 
-# 64 values a thread. Untuned.
-NUM_WARPS = 8
+# 32 values a thread, of which one of sm_90 has 109 registers: with 64 values it has 204. Not timed yet.
+NUM_WARPS = 16
 
 
 @triton.jit
@@ -80,12 +81,19 @@ def store_transposed(
     POW2: tl.constexpr,
     STICKY: tl.constexpr,
     TILE: tl.constexpr,
+    counters=None,
+    inside=None,
+    VECTOR: tl.constexpr = 16,
 ):
-    """Quantise a tile [TILE, TILE] along its columns ``col`` [1, TILE] and write it turned, as block ``tile``."""
+    """Quantise a tile [TILE, TILE] along its columns ``col`` [1, TILE] and write it turned, as block ``tile``.
+
+    A thread stores ``VECTOR`` codes at a time; not more than it loads, for Triton would have it load as many.
+    """
     block_scale, multiplier = scale_and_multiplier(tl.max(magnitude, 0, keep_dims=True), floor, POW2)
-    token = tile.to(tl.int64) * TILE + tl.arange(0, TILE)[None, :]
+    token = tl.max_contiguous(tile.to(tl.int64) * TILE + tl.arange(0, TILE), VECTOR)[None, :]
     store_turned(values * multiplier, data_t, token, col, cols, pitch_t, STICKY)
     tl.store(scale_t + col + tile.to(tl.int64) * scale_t_pitch, block_scale, mask=col < cols)
+    count(counters, values, multiplier, inside)
 
 
 @triton.jit(do_not_specialize=["T", "scale_pitch", "scale_t_pitch"])
@@ -95,6 +103,8 @@ def quantize_both_kernel(
     scale,
     data_t,
     scale_t,
+    counters,
+    counters_t,
     offsets,
     error,
     ends_t,
@@ -119,7 +129,8 @@ def quantize_both_kernel(
     if (first >= end) | (k_block * TILE >= cols):
         return
     row = first + tl.arange(0, TILE)[:, None]
-    col = k_block * TILE + tl.arange(0, TILE)[None, :]
+    VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # see tile_indices
+    col = tl.max_contiguous(k_block * TILE + tl.arange(0, TILE), VECTOR)[None, :]
     inside = (row < end) & (col < cols)
     values = tl.load(x + row * x_row_stride + col * x_col_stride, mask=inside, other=0.0).to(tl.float32)
     magnitude = finite_magnitude(values)
@@ -127,28 +138,36 @@ def quantize_both_kernel(
     block_scale, multiplier = scale_and_multiplier(tl.max(magnitude, 1, keep_dims=True), floor, POW2)
     tl.store(data + row * cols + col, to_e4m3(values * multiplier, STICKY), mask=inside)
     tl.store(scale + row + k_block * scale_pitch, block_scale, mask=row < end)
-    store_transposed(
-        values, magnitude, data_t, scale_t, tile, col, cols, pitch_t, scale_t_pitch, floor, POW2, STICKY, TILE
-    )
+    count(counters, values, multiplier, inside)
+    to = (data_t, scale_t, tile, col, cols, pitch_t, scale_t_pitch)
+    store_transposed(values, magnitude, *to, floor, POW2, STICKY, TILE, counters_t, inside, VECTOR)
 
 
-def quantize_both(x: Tensor, pow2: bool, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quantize_both(
+    x: Tensor, pow2: bool, eps: float, counters: Tensor | None = None, counters_t: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastfp8.quantize_both`; arguments are checked already. The transpose is padded to 16 tokens."""
     capability = require_fp8("quantize_both", x.device)
     out = _outputs(x, pad16(x.shape[0]))
     if x.numel():
-        _launch(x, out, None, None, None, capability, pow2, eps)
+        _launch(x, out, (counters, counters_t), (None, None, None), capability, pow2, eps)
     return out
 
 
 def quantize_grouped_both(
-    x: Tensor, offsets: Tensor, error: Tensor | None, pow2: bool, eps: float
+    x: Tensor,
+    offsets: Tensor,
+    error: Tensor | None,
+    pow2: bool,
+    eps: float,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastfp8.quantize_grouped_both`; arguments are checked already."""
     capability = require_fp8("quantize_grouped_both", x.device)
     out = _outputs(x, grouped_tokens(x.shape[0], offsets.shape[0]))
     ends_t = torch.empty_like(offsets)
-    _launch(x, out, offsets, error, ends_t, capability, pow2, eps)
+    _launch(x, out, (counters, counters_t), (offsets, error, ends_t), capability, pow2, eps)
     return *out, ends_t
 
 
@@ -166,26 +185,25 @@ def grid(tokens: int, features: int) -> tuple[int]:
 def _launch(
     x: Tensor,
     out: tuple[Tensor, Tensor, Tensor, Tensor],
-    offsets: Tensor | None,
-    error: Tensor | None,
-    ends_t: Tensor | None,
+    counters: tuple[Tensor | None, Tensor | None],
+    groups: tuple[Tensor | None, Tensor | None, Tensor | None],
     capability: tuple[int, int] | None,
     pow2: bool,
     eps: float,
 ) -> None:
+    """``groups`` are offsets, error word and the ends of groups in the transpose."""
     _, scale, data_t, scale_t = out
-    groups = 0 if offsets is None else offsets.shape[0]
+    num_groups = 0 if groups[0] is None else groups[0].shape[0]
     features, tokens = data_t.shape
     with torch.cuda.device_of(x):
         quantize_both_kernel[grid(tokens, features)](
             x,
             *out,
-            offsets,
-            error,
-            ends_t,
+            *counters,
+            *groups,
             x.shape[0],
             features,
-            groups,
+            num_groups,
             *x.stride(),
             scale.stride(1),
             tokens,
@@ -194,7 +212,7 @@ def _launch(
             POW2=pow2,
             STICKY=capability == FP16_CAPABILITY,
             ERROR_BIT=QUANTIZE_OFFSETS,
-            GROUPS=triton.next_power_of_2(max(1, groups)),
+            GROUPS=triton.next_power_of_2(max(1, num_groups)),
             TILE=BLOCK,
             num_warps=NUM_WARPS,
             enable_fp_fusion=False,

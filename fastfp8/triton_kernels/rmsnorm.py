@@ -20,7 +20,8 @@ from ..reference.rmsnorm import reciprocal_rms, rows_together
 from . import require_fp8
 from .pairwise import pairwise_sum
 from .quantize import FP16_CAPABILITY, finite_magnitude, scale_and_multiplier, to_e4m3
-from .quantize_both import NUM_WARPS, grid, store_transposed
+from .quantize_both import grid, store_transposed
+from .requantize_transpose import NUM_WARPS
 
 _BLOCK: Block = (1, BLOCK)
 # The most columns of a row that registers hold, a power of two from 128 on: 16384 would spill with a residual (seen

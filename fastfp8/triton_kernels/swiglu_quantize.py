@@ -13,6 +13,7 @@ from ..layout import BLOCK, Block, empty_scale, scale_shape
 from ..reference.quantize import AMAX_FLOOR
 from . import TILES, require_fp8, tile_indices
 from .activation import swiglu
+from .counters import count
 from .quantize import FP16_CAPABILITY, finite_magnitude, scale_and_multiplier, to_e4m3
 
 _BLOCK: Block = (1, BLOCK)
@@ -56,6 +57,7 @@ def swiglu_quantize_kernel(
     weight,
     data,
     scale,
+    counters,
     rows,
     cols,
     row_stride,
@@ -71,7 +73,7 @@ def swiglu_quantize_kernel(
     TILE_COLS: tl.constexpr,
 ):
     """``cols`` is F: up begins there. A tile is one block wide."""
-    row, col, block_row, block_col = tile_indices(cols, TILE_ROWS, TILE_COLS, 1, TILE_COLS)
+    row, col, block_row, block_col = tile_indices(cols, gate_up, TILE_ROWS, TILE_COLS, 1, TILE_COLS)
     inside = (row < rows) & (col < cols)
     first, end, pitch = block_col * TILE_COLS, 2 * tl.cast(cols, tl.int64), gate_up_scale_pitch
     gate = load_scaled(gate_up, gate_up_scale, row, col, first, rows, cols, row_stride, col_stride, pitch, TILE_COLS)
@@ -84,6 +86,7 @@ def swiglu_quantize_kernel(
     amax = tl.max(finite_magnitude(values), 1, keep_dims=True)
     block_scale, multiplier = scale_and_multiplier(amax, floor, POW2)
     tl.store(data + row * cols + col, to_e4m3(values * multiplier, STICKY), mask=inside)
+    count(counters, values, multiplier, inside)
     in_scale = (block_row < rows) & (block_col * TILE_COLS < cols)
     tl.store(scale + block_row + block_col * scale_col_stride, block_scale, mask=in_scale)
 
@@ -95,6 +98,7 @@ def swiglu_quantize(
     pow2: bool,
     eps: float,
     gate_up_scale: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.swiglu_quantize`; arguments are checked already."""
     capability = require_fp8("swiglu_quantize", gate_up.device)
@@ -111,6 +115,7 @@ def swiglu_quantize(
             weight,
             data,
             scale,
+            counters,
             rows,
             cols,
             *gate_up.stride(),

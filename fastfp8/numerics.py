@@ -1,0 +1,126 @@
+"""What quantisation does to a model's numbers: how many saturate, become zero or subnormal, or are not finite.
+
+The kernels count while they quantise: no further pass over memory, a few integer atomics a program, nothing that waits
+for the device. See :mod:`fastfp8.counters` for what exactly is counted::
+
+    fastfp8.numerics.start(model)
+    for step, batch in enumerate(batches):
+        train(model, batch)
+        if step % 100 == 0:
+            fastfp8.numerics.report(model)  # of the steps since the last report
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+
+from .counters import FIELDS, Counted, new_counters
+from .errors import check_type
+
+__all__ = ["Counts", "new_counters", "report", "start", "stop", "totals"]
+
+
+class Counts(NamedTuple):
+    """Numbers of elements: see :mod:`fastfp8.counters`."""
+
+    values: int
+    saturated: int
+    underflowed: int
+    subnormal: int
+    nonfinite: int
+
+    def share(self, field: str) -> float:
+        """Of all values; 0 where there were none."""
+        found: int = getattr(self, field)
+        return found / self.values if self.values else 0.0
+
+
+assert Counts._fields == FIELDS
+
+
+def totals(counters: Tensor) -> Counts:
+    """The sums over the rows of counters. Waits for the device."""
+    return Counts(*counters.sum(0).tolist())
+
+
+def start(model: torch.nn.Module) -> None:
+    """Count from here on in every FP8 module of ``model``, from zero; on the device of its weights.
+
+    A module that moves to another device must be started again.
+
+    Raises:
+        TypeError: ``model`` is no Module.
+    """
+    for _, module in _counted("start", model):
+        assert isinstance(module, torch.nn.Module)
+        device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
+        module.counters = {role: new_counters(device) for role in module.ROLES}
+
+
+def stop(model: torch.nn.Module) -> None:
+    """Count no more, and forget what was counted.
+
+    Raises:
+        TypeError: ``model`` is no Module.
+    """
+    for _, module in _counted("stop", model):
+        module.counters = None
+
+
+def report(model: torch.nn.Module, *, file: TextIO | None = None, reset: bool = True) -> dict[str, dict[str, Counts]]:
+    """Print what was counted in each FP8 module of ``model``, by the role of what was quantised; wait for the device.
+
+    The first report of a model that was not started starts it, and has nothing to tell yet.
+
+    Args:
+        model: a Module with :class:`fastfp8.nn.Linear` in it.
+        file: where to print; None is standard output.
+        reset: begin again from zero.
+
+    Returns:
+        The counts by the module's name and by role ("activation", "weight", "gradient", and the first and the last
+        "transposed" for Wgrad), where anything was counted.
+
+    Raises:
+        TypeError: ``model`` is no Module.
+    """
+    modules = list(_counted("report", model))
+    found: dict[str, dict[str, Counts]] = {}
+    kept = [(name, role, t) for name, module in modules for role, t in (module.counters or {}).items()]
+    sums = [t.sum(0) for _, _, t in kept]  # all before the first is waited for
+    for (name, role, _), of_role in zip(kept, sums, strict=True):
+        counts = Counts(*of_role.tolist())
+        if counts.values:
+            found.setdefault(name, {})[role] = counts
+    if any(module.counters is None for _, module in modules):
+        start(model)
+    elif reset:
+        for _, _, counters in kept:
+            counters.zero_()
+    _print(found, len(modules), file or sys.stdout)
+    return found
+
+
+def _counted(op: str, model: torch.nn.Module) -> Iterable[tuple[str, Counted]]:
+    check_type(model, torch.nn.Module, f"numerics.{op}", "model", "a torch.nn.Module")
+    modules = ((name or type(model).__name__, module) for name, module in model.named_modules())
+    return [(name, module) for name, module in modules if isinstance(module, Counted)]
+
+
+def _print(found: dict[str, dict[str, Counts]], modules: int, file: TextIO) -> None:
+    if not found:
+        print(f"fastfp8.numerics: nothing was counted yet in {modules} FP8 modules", file=file)
+        return
+    rows: list[tuple[str, ...]] = [("layer", "role", *FIELDS)]
+    for name, roles in found.items():
+        for role, counts in roles.items():
+            rows.append((name, role, f"{counts.values:,}", *(f"{counts.share(field):.3%}" for field in FIELDS[1:])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        print("  ".join(cells).rstrip(), file=file)

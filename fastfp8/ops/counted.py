@@ -1,0 +1,55 @@
+"""Ops that can count what they did to values: each has a second overload, whose counters are arguments that it writes.
+
+An overload of its own, because torch.compile cannot lower an op whose one mutable argument is None (seen in torch
+2.13).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import check_type, check_value
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def register(op: str, key: str) -> Callable[[Function], Function]:
+    """Register a function for ``op``, and for its overload that counts, which gives it the counters by keyword.
+
+    ``key`` is CPU, CUDA or "fake". The overload is "counted", of an overload "name" it is "name_counted".
+    """
+
+    def decorate(function: Function) -> Function:
+        for name, of_name in ((op, function), (f"{op}_counted" if "." in op else f"{op}.counted", _telling(function))):
+            if key == "fake":
+                torch.library.register_fake(f"fastfp8::{name}")(function)
+            else:
+                torch.library.impl(f"fastfp8::{name}", key)(of_name)
+        return function
+
+    return decorate
+
+
+def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, after which counters have a new version: who keeps one sees by it that they changed."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **counters: Tensor) -> Any:
+        found = function(*args, **counters)
+        torch.autograd.graph.increment_version([t for t in counters.values() if not t.is_inference()])
+        return found
+
+    return call
+
+
+def check_pair(op: str, counters: object) -> None:
+    """Raise unless ``counters`` is None or a pair; the op itself checks its tensors."""
+    if counters is not None:
+        check_type(counters, (tuple, list), op, "counters", "a pair, one of each result, or None")
+        assert isinstance(counters, (tuple, list))
+        check_value(len(counters) == 2, op, "counters", "a pair, one of each result", f"{len(counters)}")

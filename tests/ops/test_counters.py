@@ -1,0 +1,243 @@
+"""What the quantising ops count, on every backend, against the codes that they give."""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from backends import Emulator, Reference, TritonInterpreter, backend, backend_params
+from groups import ends_of
+from opcheck import opcheck
+from placement import aligned, on_gpu
+from test_quantize import as_tensor, make
+from torch import Tensor
+
+import fastfp8
+from fastfp8.counters import LANES, new_counters
+from fastfp8.layout import BLOCKS
+from fastfp8.numerics import Counts, totals
+from fastfp8.reference.activation import swiglu
+
+OPS = torch.ops.fastfp8
+NAMES = ("reference", "triton_interpreter", "emulator", "cuda")
+ROWS, COLS = 130, 264  # with ragged blocks, and programs more than lanes
+SIZES = (0, 5, 120)  # of groups, so that some rows belong to none
+
+
+class Case(NamedTuple):
+    """``x`` makes of the arguments the values [R, C] that are quantised, ``codes`` of the results the code of each.
+
+    There are as many functions ``codes`` as counters.
+    """
+
+    op: Any
+    args: tuple[Any, ...]
+    module: str
+    host: str
+    x: Callable[..., Tensor]
+    codes: tuple[Callable[[tuple[Tensor, ...]], Tensor], ...]
+
+
+def values(rows: int = ROWS, cols: int = COLS) -> Tensor:
+    """Of all sizes, with infinities, NaN and zeros among them; the first block has what is on an edge."""
+    x = make("mixed", (rows, cols))
+    x[0, :128] = 0.0
+    edges = [k * 2.0**-10 for k in (0.5, 1, 1.5, 3, 13, 14.9, 15, 15.1, 16)]
+    x[0, : len(edges) + 2] = [448.0, np.inf, *edges]
+    return as_tensor(x, torch.float32)
+
+
+def cases() -> dict[str, Case]:
+    x, first = values(), operator.itemgetter(0)
+    t, where = fastfp8.quantize(x, pow2=True), fastfp8.row_map(torch.arange(ROWS)[:, None] % 3, 3).rows
+    ends, taken = ends_of(SIZES), slice(0, sum(SIZES))
+    found = {
+        f"quantize-{block}": Case(
+            OPS.quantize.counted, (x, block, False, 0.0), "quantize", "quantize", lambda x, *_: x, (first,)
+        )
+        for block in BLOCKS
+    }
+    both = ("quantize_both", "quantize_both", lambda x, *_: x, (first, lambda out: out[2][:, :ROWS].t()))
+    found["quantize_both"] = Case(OPS.quantize_both.counted, (x, True, 0.0), *both)
+    found["quantize_grouped_both"] = Case(
+        OPS.quantize_grouped_both.counted,
+        (x, ends, None, False, 0.0),
+        "quantize_both",
+        "quantize_grouped_both",
+        lambda x, *_: x[taken],
+        (lambda out: out[0][taken], lambda out: _of_groups(out[2])),
+    )
+    wide = lambda data, scale, *_: fastfp8.ScaledTensor(data, scale, (1, 128)).dequantize(torch.float32)  # noqa: E731
+    module = "requantize_transpose"
+    found[module] = Case(
+        OPS.requantize_transpose.counted, (t.data, t.scale), module, module, wide, (lambda out: out[0][:, :ROWS].t(),)
+    )
+    found["requantize_transpose, grouped"] = Case(
+        OPS.requantize_transpose.grouped_counted,
+        (t.data, t.scale, ends, None),
+        module,
+        "requantize_grouped_transpose",
+        lambda *args: wide(*args)[taken],
+        (lambda out: _of_groups(out[0]),),
+    )
+    module = "swiglu_quantize"
+    weight = torch.linspace(-2, 2, ROWS)
+    weight[::9] = torch.inf
+    found[module] = Case(
+        OPS.swiglu_quantize.counted,
+        (x, weight, 7.0, False, 0.0),
+        module,
+        module,
+        lambda x, w, *_: swiglu(x[:, : COLS // 2], x[:, COLS // 2 :], w, 7.0),
+        (first,),
+    )
+    found["permute_quantize"] = Case(
+        OPS.permute_quantize.counted,
+        (x, where, False, 0.0),
+        "permute",
+        "permute_quantize",
+        lambda x, *_: x,
+        (lambda out: out[0][where[:, 0].long()],),
+    )
+    return found
+
+
+def _of_groups(data_t: Tensor) -> Tensor:
+    """The codes of the rows of each group, one after the other, of a grouped transpose."""
+    parts, first = [], 0
+    for size in SIZES:
+        parts.append(data_t[:, first : first + size])
+        first += -(-size // 128) * 128
+    return torch.cat(parts, 1).t()
+
+
+CASES = cases()
+
+
+def expected(x: Tensor, codes: Tensor) -> Counts:
+    """By the codes, and by no product."""
+    magnitude = codes.contiguous().view(torch.uint8) & 0x7F
+    finite = x.isfinite()
+    flags = (x.isinf(), finite & (x != 0) & (magnitude == 0), (magnitude > 0) & (magnitude < 8), ~finite)
+    assert (magnitude[x.isinf()] == 0x7E).all()
+    return Counts(x.numel(), *(int(flag.sum()) for flag in flags))
+
+
+def run(name: str, case: Case, args: tuple[Any, ...], counters: list[Tensor]) -> tuple[Tensor, ...]:
+    b = backend(name)
+    if isinstance(b, Reference):
+        return case.op(*args, **dict(zip(("counters", "counters_t"), counters, strict=False)))
+    if not isinstance(b, (TritonInterpreter, Emulator)):
+        device = [on_gpu(c) for c in counters]
+        moved = (on_gpu(arg) if isinstance(arg, Tensor) else arg for arg in args)
+        out = case.op(*moved, **dict(zip(("counters", "counters_t"), device, strict=False)))
+        for c, counted in zip(counters, device, strict=True):
+            c.copy_(counted)
+        return tuple(t.cpu() for t in out)
+    module = __import__(f"fastfp8.triton_kernels.{case.module}", fromlist=[""])
+    args = tuple(aligned(arg) if isinstance(arg, Tensor) else arg for arg in args)
+    given = dict(zip(("counters", "counters_t"), counters, strict=False))
+    host = functools.partial(getattr(module, case.host), *args, **given)
+    if isinstance(b, Emulator):
+        return b._run_triton(module, f"{case.module}_kernel", host)
+    with b._interpreted():
+        return host()
+
+
+# Each is a compilation of its own; the others count by the same function.
+QUICK_EMULATED = ("quantize-(1, 128)", "quantize_both")
+
+
+def runs() -> list[Any]:
+    """Backends and ops."""
+    return [
+        pytest.param(*param.values, op, marks=[*param.marks, *([pytest.mark.slow] if slow else [])], id=f"{name}-{op}")
+        for name, param in zip(NAMES, backend_params(NAMES), strict=True)
+        for op in CASES
+        for slow in (name == "emulator" and op not in QUICK_EMULATED,)
+    ]
+
+
+@pytest.mark.parametrize(("name", "op"), runs())
+def test_counts(name: str, op: str) -> None:
+    """Added to what the counters have; nothing else changes."""
+    case = CASES[op]
+    counters = [new_counters("cpu") for _ in case.codes]
+    for c in counters:
+        c[LANES - 1] = 1000
+    out = run(name, case, case.args, counters)
+    for c, codes in zip(counters, case.codes, strict=True):
+        counted = Counts(*(n - 1000 for n in totals(c)))
+        assert counted == expected(case.x(*case.args), codes(out))
+        # Every kind occurs, but that FP8 has no infinity.
+        assert min(counted if "requantize" not in op else counted._replace(saturated=1)) > 0
+
+
+SMALL = torch.arange(-8 * 128.0, 8 * 128.0).view(8, 256).bfloat16()
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_opcheck(op: str) -> None:
+    """In small, with rows of groups only: the others' codes are undefined."""
+    case, t = CASES[op], fastfp8.quantize(SMALL)
+    small: dict[str, tuple[Any, ...]] = {
+        "quantize_grouped_both": (SMALL, ends_of((3, 5)), None),
+        "requantize_transpose": (t.data, t.scale),
+        "requantize_transpose, grouped": (t.data, t.scale, ends_of((3, 5)), None),
+        "swiglu_quantize": (SMALL, torch.ones(8)),
+        "permute_quantize": (SMALL, torch.arange(8, dtype=torch.int32)[:, None]),
+    }
+    counters = dict(zip(("counters", "counters_t"), (new_counters("cpu") for _ in case.codes), strict=False))
+    opcheck(case.op, small.get(op, (SMALL,)), counters)
+
+
+def test_counting_changes_the_version_and_no_bit() -> None:
+    counters = new_counters("cpu")
+    version = counters._version
+    counted, plain = fastfp8.quantize(SMALL, counters=counters), fastfp8.quantize(SMALL)
+    assert torch.equal(counted.data.view(torch.uint8), plain.data.view(torch.uint8))
+    assert torch.equal(counted.scale, plain.scale)
+    assert counters._version > version
+
+
+@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [
+        (torch.zeros(LANES, 5), TypeError, "dtype torch.int64, got torch.float32"),
+        (torch.zeros(5, dtype=torch.int64), ValueError, "2 dimensions, got shape (5,)"),
+        (torch.zeros(LANES, 4, dtype=torch.int64), ValueError, "shape (32, 5), as fastfp8.numerics.new_counters makes"),
+        (torch.zeros(5, LANES, dtype=torch.int64).t(), ValueError, "a contiguous tensor, got stride (1, 32)"),
+        (new_counters("meta"), ValueError, "device cpu"),
+        ("all", TypeError, "a torch.Tensor, got str"),
+    ],
+    ids=["dtype", "dimensions", "shape", "stride", "device", "type"],
+)
+def test_bad_counters(op: str, bad: Any, error: type[Exception], words: str) -> None:
+    """Through the public functions."""
+    t = fastfp8.quantize(SMALL)
+    calls: dict[str, Callable[[], object]] = {
+        "quantize_both": lambda: fastfp8.quantize_both(SMALL, counters=(new_counters("cpu"), bad)),
+        "quantize_grouped_both": lambda: fastfp8.quantize_grouped_both(
+            SMALL, ends_of((8,)), counters=(new_counters("cpu"), bad)
+        ),
+        "requantize_transpose": lambda: fastfp8.requantize_transpose(t, counters=bad),
+        "requantize_transpose, grouped": lambda: fastfp8.requantize_transpose(t, ends_of((8,)), counters=bad),
+        "swiglu_quantize": lambda: fastfp8.swiglu_quantize(SMALL, counters=bad),
+        "permute_quantize": lambda: fastfp8.permute_quantize(SMALL, torch.zeros(8, 1).long(), 1, counters=bad),
+    }
+    with pytest.raises(error, match=r"argument 'counters(_t)?': expected .*") as raised:
+        calls.get(op, lambda: fastfp8.quantize(SMALL, counters=bad))()
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(("bad", "words"), [(new_counters("cpu"), "Tensor"), ((new_counters("cpu"),), "got 1")])
+def test_of_two_results_counters_are_a_pair(bad: Any, words: str) -> None:
+    for call in (fastfp8.quantize_both, functools.partial(fastfp8.quantize_grouped_both, offsets=ends_of((8,)))):
+        with pytest.raises((TypeError, ValueError), match=f"argument 'counters': expected a pair.*{words}"):
+            call(SMALL, counters=bad)
