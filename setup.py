@@ -36,7 +36,12 @@ class BuildExtension(build_ext):
         if not header.exists():
             raise build_kernels.BuildError(f"no {header}: install this Python's headers (Debian: python3-dev)")
         toolkit = build_kernels.find_toolkit()
-        build_kernels.build(self.package_root / "fastfp8" / "kernels", toolkit)
+        nccl = build_kernels.find_nccl(toolkit)
+        kernels = self.package_root / "fastfp8" / "kernels"
+        before = build_kernels.nccl_of(kernels)
+        build_kernels.build(kernels, toolkit, nccl)
+        # setuptools goes by the dates of our files, in which NCCL's headers do not show.
+        self.force = self.force or build_kernels.nccl_of(kernels) != before
         for extension in self.extensions:
             extension.include_dirs = [pybind11.get_include(), *include_paths(), str(toolkit.include)]
             extension.library_dirs = [str(Path(torch.__file__).parent / "lib")]
@@ -44,6 +49,10 @@ class BuildExtension(build_ext):
                 ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
                 ("FASTFP8_VERSION", f'"{self.distribution.get_version()}"'),
             ]
+            # Opened at run time, never linked; before NCCL 2.31 its structures are those of one version.
+            if isinstance(nccl, build_kernels.Nccl):
+                extension.extra_compile_args += ["-isystem", str(nccl.include)]
+                extension.define_macros.append(("FASTFP8_NCCL", "1"))
         self.compile_in_parallel()
         super().build_extensions()
         print(f"built fastfp8._C against torch {torch.__version__}", flush=True)

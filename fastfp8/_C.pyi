@@ -213,9 +213,39 @@ class CommCall:
         rail_delay: int = 0,
     ) -> None: ...
 
-def comm_exchange_plan(geometry: CommGeometry, call: CommCall, ranks: int = 1, warps: int = 16) -> LaunchPlan: ...
-def comm_dispatch_plan(
-    geometry: CommGeometry, call: CommCall, payload: str, ranks: int = 1, warps: int = 16
+class CommNccl:
+    def __init__(self, *, communicator: int, geometry: CommGeometry, address: int) -> None: ...
+    @property
+    def constants(self) -> bytes: ...
+    @property
+    def windows(self) -> list[int]: ...
+    def close(self) -> None: ...
+
+def comm_nccl_headers() -> str: ...
+def comm_nccl_unusable_reason() -> str: ...
+def comm_exchange_plan(
+    geometry: CommGeometry,
+    call: CommCall,
+    ranks: int = 1,
+    warps: int = 16,
+    rail: str = "loopback",
+    rail_constants: bytes = b"",
 ) -> LaunchPlan: ...
-def comm_combine_plan(geometry: CommGeometry, call: CommCall, ranks: int = 1, warps: int = 16) -> LaunchPlan: ...
+def comm_dispatch_plan(
+    geometry: CommGeometry,
+    call: CommCall,
+    payload: str,
+    ranks: int = 1,
+    warps: int = 16,
+    rail: str = "loopback",
+    rail_constants: bytes = b"",
+) -> LaunchPlan: ...
+def comm_combine_plan(
+    geometry: CommGeometry,
+    call: CommCall,
+    ranks: int = 1,
+    warps: int = 16,
+    rail: str = "loopback",
+    rail_constants: bytes = b"",
+) -> LaunchPlan: ...
 def comm_status(words: list[int]) -> _CommStatus | None: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from typing import Any
 
 import torch
 
@@ -17,6 +18,13 @@ def _driver() -> str:
 def _gpus() -> str:
     found = [f"{name} (sm_{major}{minor}, {sms} SMs)" for name, major, minor, sms in _C.devices()]
     return ", ".join(found) or f"none found ({_C.driver_unusable_reason()})"
+
+
+def _rails(built: dict[str, Any]) -> str:
+    nccl = built["nccl"]
+    if nccl["version"] is None:
+        return f"not over NCCL: {nccl['reason']} when fastfp8 was built"
+    return f"over NCCL {nccl['version']}, headers from {nccl['source']}; untested on silicon"
 
 
 def report() -> str:
@@ -36,6 +44,7 @@ def report() -> str:
             ("kernels", f"{len(kernels)} for {built['arch']}, nvcc {built['nvcc']} from {built['nvcc_source']}")
         )
         rows += [("", name) for name in sorted(kernels)]
+        rows.append(("rails", _rails(built)))
     else:
         rows.append(("kernels", "none were built"))
     lines = [f"{name:<12} {value}" for name, value in rows]

@@ -20,18 +20,32 @@ ROOT = Path(__file__).resolve().parent.parent
 
 BUILT = backends.built_kernels()
 ALL = [(module, kernel) for module, kernels in BUILT["modules"].items() for kernel in kernels]
+GEMMS = [names for names in ALL if names[1].startswith("gemm_")]
+COMM = [names for names in ALL if names[1].startswith("comm_")]
 
 
 def test_every_instantiation_was_built():
-    sources = sorted(p.stem for p in (ROOT / "csrc").glob("*/instantiations/*.cu"))
+    left_out = build.NCCL_MODULES if BUILT["nccl"]["version"] is None else set()
+    sources = sorted({p.stem for p in (ROOT / "csrc").glob("*/instantiations/*.cu")} - left_out)
     assert sorted(BUILT["modules"]) == sources
-    assert len(ALL) == 50
+    assert len(GEMMS) == 50
+    assert len(COMM) == 5 * sum(module.startswith("comm_") for module in sources)
+    assert len(ALL) == len(GEMMS) + len(COMM)
     for module in sources:
         assert ".target sm_90a" in (KERNELS / f"{module}.ptx").read_text()
         assert (KERNELS / f"{module}.cubin").read_bytes()[:4] == b"\x7fELF"
 
 
-@pytest.mark.parametrize(("module", "kernel"), ALL)
+@pytest.mark.parametrize(("module", "kernel"), COMM)
+def test_register_budget_of_comm(module, kernel):
+    """What 512 threads leave, and no spill. A fence of NCCL's stores to a word of the stack."""
+    use = BUILT["modules"][module][kernel]
+    assert use["registers"] <= 128
+    assert use["spill_bytes"] == 0
+    assert use["stack"] <= (build.NCCL_STACK if module in build.NCCL_MODULES else 0)
+
+
+@pytest.mark.parametrize(("module", "kernel"), GEMMS)
 def test_register_budget(module, kernel):
     """No stack and no spill; 168 registers a thread is what 384 threads leave, and setmaxnreg shares out anew."""
     use = BUILT["modules"][module][kernel]
@@ -45,7 +59,7 @@ def code_of(module, kernel):
         pytest.skip(str(reason))
 
 
-@pytest.mark.parametrize(("module", "kernel"), [names for names in ALL if "swiglu" not in names[1]])
+@pytest.mark.parametrize(("module", "kernel"), [names for names in GEMMS if "swiglu" not in names[1]])
 def test_sass_of_the_mainloop(module, kernel):
     """Four wgmma a pass, one FFMA a product to promote and no more multiplications than the scales need."""
     tile_m, tile_n = map(int, re.search(r"_(\d+)x(\d+)", kernel).groups())
@@ -82,7 +96,7 @@ def test_sass_of_the_mainloop(module, kernel):
     assert count["USETMAXREG"] >= 2
 
 
-@pytest.mark.parametrize(("module", "kernel"), [names for names in ALL if "swiglu" in names[1]])
+@pytest.mark.parametrize(("module", "kernel"), [names for names in GEMMS if "swiglu" in names[1]])
 def test_sass_of_swiglu(module, kernel):
     """The main loop of the wide tile; behind it 64 results a thread, each by 9 FFMA of exp and an exact division."""
     code = code_of(module, kernel)
@@ -117,6 +131,7 @@ def test_the_build_refuses_local_memory_and_serialised_wgmma():
     for spoilt in ({"stack": 8}, {"spill_bytes": 4}):
         with pytest.raises(build.BuildError, match="local memory"):
             build.check_kernels({"kernel": {**good["kernel"], **spoilt}}, "")
+    build.check_kernels({"kernel": {**good["kernel"], "stack": 8}}, "", stack=8)
     log = "ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ..."
     with pytest.raises(build.BuildError, match="C7510"):
         build.check_kernels(good, log)
@@ -180,13 +195,63 @@ def test_kernels_are_rebuilt_only_when_something_changed(tmp_path, monkeypatch):
     toolkit = build.Toolkit(Path("nvcc"), "test", "13.0.88", Path("/"))
     calls = []
     monkeypatch.setattr(build, "_compile", lambda source, *_: calls.append(source.stem) or {})
-    build.build(tmp_path, toolkit)
-    assert len(calls) == 10
-    build.build(tmp_path, toolkit)
-    assert len(calls) == 10, "nothing changed"
-    assert json.loads((tmp_path / "build.json").read_text())["nvcc"] == "13.0.88"
-    build.build(tmp_path, build.Toolkit(Path("nvcc"), "test", "13.1.0", Path("/")))
-    assert len(calls) == 20, "another nvcc"
+    build.build(tmp_path, toolkit, "no headers")
+    few = len(calls)
+    assert few == len(list((ROOT / "csrc").glob("*/instantiations/*.cu"))) - len(build.NCCL_MODULES)
+    build.build(tmp_path, toolkit, "no headers")
+    assert len(calls) == few, "nothing changed"
+    told = json.loads((tmp_path / "build.json").read_text())
+    assert (told["nvcc"], told["nccl"]) == ("13.0.88", {"version": None, "reason": "no headers"})
+    build.build(tmp_path, build.Toolkit(Path("nvcc"), "test", "13.1.0", Path("/")), "no headers")
+    assert len(calls) == 2 * few, "another nvcc"
+
+
+def test_rails_over_nccl_are_built_where_its_headers_are(tmp_path, monkeypatch):
+    toolkit = build.Toolkit(Path("nvcc"), "test", "13.0.88", Path("/"))
+    calls = []
+    monkeypatch.setattr(build, "_compile", lambda source, *_: calls.append(source.stem) or {})
+    build.build(tmp_path, toolkit, "no headers")
+    assert build.NCCL_MODULES.isdisjoint(calls)
+    assert build.nccl_of(tmp_path) == {"version": None, "reason": "no headers"}
+    build.build(tmp_path, toolkit, build.Nccl(tmp_path, "test", "2.30.7"))
+    assert set(calls) >= build.NCCL_MODULES
+    assert build.nccl_of(tmp_path) == {"version": "2.30.7", "source": "test"}, "by which setup.py compiles anew"
+    told = json.loads((tmp_path / "build.json").read_text())
+    assert set(told["modules"]) >= build.NCCL_MODULES
+    cubin = tmp_path / "comm_nccl.cubin"
+    cubin.touch()
+    build.build(tmp_path, toolkit, "no headers")
+    assert not cubin.exists(), "one of another version of NCCL is not left about"
+
+
+def nccl_headers(folder, version):
+    include = folder / "nvidia" / "nccl" / "include"
+    include.mkdir(parents=True)
+    major, minor, patch = version.split(".")
+    lines = (f"#define NCCL_MAJOR {major}", f"#define NCCL_MINOR {minor}", f"#define NCCL_PATCH {patch}")
+    (include / "nccl.h").write_text("\n".join((*lines, '#define NCCL_SUFFIX ""', "")))
+    (include / "nccl_device.h").touch()
+    return folder
+
+
+def test_headers_of_nccl_are_looked_for_in_order(tmp_path, monkeypatch):
+    """In what this Python imports from, then beside nvcc; what is too old is passed over, and named."""
+    home = tmp_path / "cuda"
+    (home / "include").mkdir(parents=True)
+    (home / "include" / "cuda.h").touch()
+    toolkit = build.Toolkit(home / "bin" / "nvcc", "test", "13.0.88", home)
+    old, new = nccl_headers(tmp_path / "old", "2.30.5"), nccl_headers(tmp_path / "new", "2.31.2")
+    monkeypatch.setattr(build.sys, "path", [str(tmp_path)])
+    assert build.find_nccl(toolkit) == "no headers of NCCL 2.30.7 or newer"
+    monkeypatch.setattr(build.sys, "path", [str(old)])
+    assert "nccl.h is of NCCL 2.30.5" in build.find_nccl(toolkit)
+    monkeypatch.setattr(build.sys, "path", [str(old), str(new)])
+    assert build.find_nccl(toolkit) == build.Nccl(
+        new / "nvidia" / "nccl" / "include", "installed NVIDIA wheels", "2.31.2"
+    )
+    shutil.copytree(new / "nvidia" / "nccl" / "include", home / "include", dirs_exist_ok=True)
+    monkeypatch.setattr(build.sys, "path", [str(old)])
+    assert build.find_nccl(toolkit) == build.Nccl(home / "include", "beside nvcc", "2.31.2")
 
 
 def test_extension_links_nothing_of_cuda():
@@ -213,6 +278,7 @@ def test_report_says_what_is_usable_and_why_not():
     assert re.search(r"^gemm +CUDA sm_90a +(yes|no: \S.+)$", text, re.M)
     for _, kernel in ALL:
         assert kernel in text
+    assert re.search(r"^rails +(over NCCL [\d.]+, headers from .+; untested on silicon|not over NCCL: .+)$", text, re.M)
 
 
 def test_without_a_gpu_the_reasons_name_what_is_missing():

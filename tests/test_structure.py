@@ -97,6 +97,10 @@ def test_cpp_rooms(path: Path) -> None:
     if path.name != "driver.cpp":
         assert "libcuda" not in text, "only driver.cpp opens libcuda"
         assert not re.search(r"\bcu[A-Z]\w+\(", text), "only driver.cpp calls the driver"
+    if path.name not in ("nccl.cpp", "nccl_constants.h", "rail_nccl.cuh"):
+        assert "libnccl" not in text, "only nccl.cpp opens libnccl"
+        assert "<nccl" not in text, "NCCL's headers may be missing"
+        assert not re.search(r"\bnccl[A-Z]\w+\(", text), "only nccl.cpp and rail_nccl.cuh call NCCL"
     assert "getenv" not in text, "no environment variable in C++"
     assert "cudaMalloc" not in text
     assert "cuda_runtime" not in text, "nothing links the CUDA runtime"

@@ -61,7 +61,7 @@ def test_wheel_of_a_cpu_torch_runs_under_a_cuda_torch(wheel, tmp_path):
     assert told["error"] < 1e-5
     assert told["compiled"] is True
     report = subprocess.run([python, "-m", "fastfp8"], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
-    assert re.search(r"^kernels +12 for sm_90a", report, re.M)
+    assert re.search(r"^kernels +\d+ for sm_90a", report, re.M)
 
 
 @pytest.mark.download
@@ -74,5 +74,6 @@ def test_kernels_build_without_a_toolkit(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "CUDA_HOME"} | {"PATH": "/usr/bin:/bin"}
     command = [sys.executable, script, tmp_path / "kernels"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert "built 16 sm_90a kernels with nvcc 13.0.88 (NVIDIA wheels from PyPI)" in done.stdout
-    assert len(list((tmp_path / "kernels").glob("*.cubin"))) == 4
+    assert re.search(r"built \d+ sm_90a kernels with nvcc 13\.0\.88 \(NVIDIA wheels from PyPI\)", done.stdout)
+    modules = json.loads((tmp_path / "kernels" / "build.json").read_text())["modules"]
+    assert sorted(p.stem for p in (tmp_path / "kernels").glob("*.cubin")) == sorted(modules)

@@ -2,11 +2,40 @@
 
 #include <pybind11/stl.h>
 
+#include "../comm/nccl.h"
 #include "../comm/plan.h"
 
 namespace py = pybind11;
 
 namespace fastfp8 {
+namespace {
+
+comm::RailPlan rail_plan(const std::string& name, const py::bytes& constants) {
+  const std::string_view given = constants;
+  const auto* const first = reinterpret_cast<const std::byte*>(given.data());
+  return {name, {first, first + given.size()}};
+}
+
+void bind_nccl(py::module_& module) {
+  using comm::nccl::Connection;
+  py::class_<Connection>(module, "CommNccl", "The rails of one rank over NCCL's device API. Untested on silicon.")
+      .def(py::init<uint64_t, const comm::Geometry&, uint64_t>(), py::call_guard<py::gil_scoped_release>(),
+           py::kw_only(), py::arg("communicator"), py::arg("geometry"), py::arg("address"),
+           "By all ranks: an ncclComm_t, and the address of window_bytes of memory that NCCL can register.")
+      .def_property_readonly(
+          "constants",
+          [](const Connection& self) {
+            return py::bytes(reinterpret_cast<const char*>(self.constants().data()), self.constants().size());
+          },
+          "What the plans' rail_constants want.")
+      .def_property_readonly("windows", &Connection::windows, "Addresses of the ranks' windows, 0 of other nodes'.")
+      .def("close", &Connection::close, py::call_guard<py::gil_scoped_release>(),
+           "By all ranks, when no kernel runs on any of them.");
+  module.def("comm_nccl_headers", &comm::nccl::headers_version, "Version of the headers built with, '' without.");
+  module.def("comm_nccl_unusable_reason", &comm::nccl::unusable_reason, "'' if CommNccl can serve in this process.");
+}
+
+}  // namespace
 
 void bind_comm(py::module_& module) {
   using namespace comm;
@@ -56,25 +85,27 @@ void bind_comm(py::module_& module) {
            py::arg("timeout_us") = 100'000'000, py::arg("rail_delay") = 0);
   module.def(
       "comm_exchange_plan",
-      [](const Geometry& g, const CallOptions& options, int ranks, int warps) {
-        return plan_exchange(g, options, {ranks, warps});
-      },
-      py::arg("geometry"), py::arg("call"), py::arg("ranks") = 1, py::arg("warps") = 16);
+      [](const Geometry& g, const CallOptions& options, int ranks, int warps, const std::string& rail,
+         const py::bytes& constants) { return plan_exchange(g, options, {ranks, warps}, rail_plan(rail, constants)); },
+      py::arg("geometry"), py::arg("call"), py::arg("ranks") = 1, py::arg("warps") = 16, py::arg("rail") = "loopback",
+      py::arg("rail_constants") = py::bytes());
   module.def(
       "comm_dispatch_plan",
-      [](const Geometry& g, const CallOptions& options, const std::string& payload, int ranks, int warps) {
+      [](const Geometry& g, const CallOptions& options, const std::string& payload, int ranks, int warps,
+         const std::string& rail, const py::bytes& constants) {
         const Payload kind = payload == "quantize" ? Payload::kQuantize
                              : payload == "scaled" ? Payload::kScaled
                                                    : Payload::kPlain;
-        return plan_dispatch(g, options, {ranks, warps}, kind);
+        return plan_dispatch(g, options, {ranks, warps}, kind, rail_plan(rail, constants));
       },
-      py::arg("geometry"), py::arg("call"), py::arg("payload"), py::arg("ranks") = 1, py::arg("warps") = 16);
+      py::arg("geometry"), py::arg("call"), py::arg("payload"), py::arg("ranks") = 1, py::arg("warps") = 16,
+      py::arg("rail") = "loopback", py::arg("rail_constants") = py::bytes());
   module.def(
       "comm_combine_plan",
-      [](const Geometry& g, const CallOptions& options, int ranks, int warps) {
-        return plan_combine(g, options, {ranks, warps});
-      },
-      py::arg("geometry"), py::arg("call"), py::arg("ranks") = 1, py::arg("warps") = 16);
+      [](const Geometry& g, const CallOptions& options, int ranks, int warps, const std::string& rail,
+         const py::bytes& constants) { return plan_combine(g, options, {ranks, warps}, rail_plan(rail, constants)); },
+      py::arg("geometry"), py::arg("call"), py::arg("ranks") = 1, py::arg("warps") = 16, py::arg("rail") = "loopback",
+      py::arg("rail_constants") = py::bytes());
   module.def(
       "comm_status",
       [](const std::vector<uint32_t>& words) -> py::object {
@@ -85,6 +116,7 @@ void bind_comm(py::module_& module) {
                         py::arg("head") = words.at(4), py::arg("tail") = words.at(5), py::arg("rows") = words.at(6));
       },
       "What a status says, None where all is well.");
+  bind_nccl(module);
 }
 
 }  // namespace fastfp8

@@ -123,6 +123,41 @@ struct WindowLayout {
   }
 };
 
+// A network that counts signals by index has one for each flag that a rail sets in a window: those of the rails' rings
+// and of the mail. Who signals and who polls use the same index; a signal's value is its flag's, modulo 2^kTurnBits.
+struct SignalLayout {
+  struct Range {
+    int64_t flags;  // offset of the first flag in the window
+    int first;      // its signal
+  };
+  static constexpr int kRanges = 5;
+  Range ranges[kRanges];  // in ascending order of both
+  int count;
+
+  static constexpr SignalLayout of(const Geometry& g) {
+    SignalLayout layout{};
+    const WindowLayout window = WindowLayout::of(g);
+    const auto& dispatch = window.rings[static_cast<int>(RingKind::kDispatchRail)];
+    const auto& combine = window.rings[static_cast<int>(RingKind::kCombineRail)];
+    const int slots = g.channels * g.nodes * g.rail_slots;
+    layout.ranges[0] = {dispatch.filled, 0};
+    layout.ranges[1] = {dispatch.consumed, slots};
+    layout.ranges[2] = {combine.filled, 2 * slots};
+    layout.ranges[3] = {combine.consumed, 3 * slots};
+    layout.ranges[4] = {window.mail_flags, 4 * slots};
+    layout.count = 4 * slots + 2 * g.nodes;
+    return layout;
+  }
+
+  constexpr bool is_mail(int64_t flag) const { return flag >= ranges[kRanges - 1].flags; }
+
+  constexpr int of_flag(int64_t flag) const {
+    int i = kRanges - 1;
+    while (i > 0 && flag < ranges[i].flags) --i;
+    return ranges[i].first + static_cast<int>((flag - ranges[i].flags) / 4);
+  }
+};
+
 // Why a role gave up, or what the exchange found; 0 while all is well. The first one stays.
 enum class Trouble : uint32_t { kNone, kTimeout, kOverflow, kBadExpert };
 

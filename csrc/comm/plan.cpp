@@ -11,17 +11,42 @@ namespace {
 
 constexpr const char* kOp = "comm.Buffer";
 constexpr int64_t kMostWords = int64_t{1} << 31;
+constexpr int64_t kMostBytesOfAPut = int64_t{1} << 30;  // NCCL makes several of a larger one
+
+struct Kernels {
+  const char *rail, *module, *exchange, *quantize, *scaled, *plain, *combine;
+};
+
+constexpr Kernels kKernels[] = {
+    {"loopback", "comm_loopback", "comm_exchange_loopback", "comm_dispatch_quantize_loopback",
+     "comm_dispatch_scaled_loopback", "comm_dispatch_plain_loopback", "comm_combine_loopback"},
+    {"nccl", "comm_nccl", "comm_exchange_nccl", "comm_dispatch_quantize_nccl", "comm_dispatch_scaled_nccl",
+     "comm_dispatch_plain_nccl", "comm_combine_nccl"}};
+
+const Kernels& kernels_of(const RailPlan& rail) {
+  const bool is_nccl = rail.name == kKernels[1].rail;
+  FASTFP8_CHECK_ARGUMENT(is_nccl || rail.name == kKernels[0].rail, kOp, "rail", "'loopback' or 'nccl'", rail.name);
+  FASTFP8_CHECK_ARGUMENT(is_nccl != rail.constants.empty(), kOp, "rail_constants",
+                         (is_nccl ? "those of a connection for 'nccl'" : "none for 'loopback'"),
+                         rail.constants.size() << " bytes");
+  return kKernels[is_nccl];
+}
 
 // `tensors`: those of Tensors (kernels/context.cuh) that the kernel touches, by name.
-LaunchPlan plan(const char* kernel, const Geometry& g, const CallOptions& call, LaunchShape shape, int ctas,
-                int shared_bytes, std::initializer_list<std::string_view> tensors) {
+LaunchPlan plan(const RailPlan& rail, const char* kernel, const Geometry& g, const CallOptions& call, LaunchShape shape,
+                int ctas, int shared_bytes, std::initializer_list<std::string_view> tensors) {
   check(g);
+  const Kernels& kernels = kernels_of(rail);
+  if (&kernels != kKernels) {
+    check_for_nccl(g);
+    FASTFP8_CHECK_ARGUMENT(shape.ranks == 1, kOp, "ranks", "1, for NCCL has a GPU for each", shape.ranks);
+  }
   FASTFP8_CHECK_ARGUMENT(shape.warps >= kFewestWarps && shape.warps <= kMostWarps, kOp, "warps",
                          "from " << kFewestWarps << " to " << kMostWarps, shape.warps);
   FASTFP8_CHECK_ARGUMENT(call.tokens >= 0 && call.tokens <= g.max_tokens, kOp, "tokens",
                          "at most max_tokens = " << g.max_tokens, call.tokens);
   LaunchPlan plan{};
-  plan.module = "comm_loopback", plan.kernel = kernel;
+  plan.module = kernels.module, plan.kernel = kernel;
   plan.grid = {ctas, shape.ranks, 1}, plan.block = {32 * shape.warps, 1, 1}, plan.cluster = {1, 1, 1};
   plan.shared_bytes = shared_bytes;
   plan.add_constants(Setup::of(g, call));
@@ -30,6 +55,7 @@ LaunchPlan plan(const char* kernel, const Geometry& g, const CallOptions& call, 
     const bool touched = std::find(tensors.begin(), tensors.end(), slot) != tensors.end();
     plan.add(TensorSlot{touched ? slot : nullptr});
   }
+  if (!rail.constants.empty()) plan.add_constants(rail.constants.data(), rail.constants.size());
   return plan;
 }
 
@@ -65,22 +91,34 @@ void check(const Geometry& g) {
   FASTFP8_CHECK_ARGUMENT(shared <= 227 * 1024, kOp, "ranks", "at most 3632", g.ranks());
 }
 
-LaunchPlan plan_exchange(const Geometry& g, const CallOptions& call, LaunchShape shape) {
-  return plan("comm_exchange_loopback", g, call, shape, g.channels, 4 * (g.experts + g.ranks() + g.nodes),
+void check_for_nccl(const Geometry& g) {
+  const int64_t chunk = std::max(RingShape::of(g, RingKind::kDispatchRail).slot_bytes,
+                                 RingShape::of(g, RingKind::kCombineRail).slot_bytes);
+  FASTFP8_CHECK_ARGUMENT(chunk <= kMostBytesOfAPut, kOp, "rail_chunk", "chunks of at most 2^30 bytes, a put of NCCL's",
+                         g.rail_chunk << " records, " << chunk << " bytes");
+  const int64_t slots = int64_t{g.channels} * g.nodes * g.rail_slots;
+  FASTFP8_CHECK_ARGUMENT(4 * slots + 2 * g.nodes < kMostWords, kOp, "rail_slots", "fewer than 2^31 signals",
+                         g.rail_slots);
+}
+
+LaunchPlan plan_exchange(const Geometry& g, const CallOptions& call, LaunchShape shape, const RailPlan& rail) {
+  return plan(rail, kernels_of(rail).exchange, g, call, shape, g.channels, 4 * (g.experts + g.ranks() + g.nodes),
               {"windows", "state", "routing", "topk_idx", "offsets"});
 }
 
-LaunchPlan plan_dispatch(const Geometry& g, const CallOptions& call, LaunchShape shape, Payload payload) {
-  const char* const kernel = payload == Payload::kQuantize ? "comm_dispatch_quantize_loopback"
-                             : payload == Payload::kScaled ? "comm_dispatch_scaled_loopback"
-                                                           : "comm_dispatch_plain_loopback";
-  return plan(kernel, g, call, shape, 2 * g.channels, shares_bytes(g, shape),
+LaunchPlan plan_dispatch(const Geometry& g, const CallOptions& call, LaunchShape shape, Payload payload,
+                         const RailPlan& rail) {
+  const Kernels& kernels = kernels_of(rail);
+  const char* const kernel = payload == Payload::kQuantize ? kernels.quantize
+                             : payload == Payload::kScaled ? kernels.scaled
+                                                           : kernels.plain;
+  return plan(rail, kernel, g, call, shape, 2 * g.channels, shares_bytes(g, shape),
               {"windows", "state", "routing", "topk_idx", call.weighted ? "topk_weights" : "", "x",
                payload == Payload::kScaled ? "x_scale" : "", "recv", payload == Payload::kPlain ? "" : "recv_scale"});
 }
 
-LaunchPlan plan_combine(const Geometry& g, const CallOptions& call, LaunchShape shape) {
-  return plan("comm_combine_loopback", g, call, shape, 2 * g.channels, shares_bytes(g, shape),
+LaunchPlan plan_combine(const Geometry& g, const CallOptions& call, LaunchShape shape, const RailPlan& rail) {
+  return plan(rail, kernels_of(rail).combine, g, call, shape, 2 * g.channels, shares_bytes(g, shape),
               {"windows", "state", "routing", "topk_idx", call.sums ? "expert_out" : "", call.sums ? "y" : "",
                call.values ? "row_values" : "", call.values ? "values" : ""});
 }

@@ -3,7 +3,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 #include <variant>
 #include <vector>
@@ -47,10 +46,13 @@ struct LaunchPlan {
   template <class Structure>
   void add_constants(const Structure& structure) {
     static_assert(std::is_trivially_copyable_v<Structure>);
+    add_constants(reinterpret_cast<const std::byte*>(&structure), sizeof structure);
+  }
+
+  void add_constants(const std::byte* structure, size_t size) {
     const size_t at = constants.size();
-    add(Constants{static_cast<int>(at), static_cast<int>(sizeof structure)});
-    constants.resize(at + sizeof structure);
-    std::memcpy(constants.data() + at, &structure, sizeof structure);
+    add(Constants{static_cast<int>(at), static_cast<int>(size)});
+    constants.insert(constants.end(), structure, structure + size);
   }
 };
 

@@ -59,10 +59,13 @@ class Kernels:
     Args:
         geometry: what all ranks agreed on.
         rank: this one.
-        windows: int64 [ranks]: the addresses of the ranks' windows, each ``geometry.window_bytes`` of zeros at first.
+        windows: int64 [ranks]: the addresses of the ranks' windows, each ``geometry.window_bytes`` of zeros at first;
+            0 for those that only a network reaches.
         state: int32 [geometry.state_words], zeros at first.
         timeout: seconds that a role may wait.
         warps: of a CTA.
+        rail: what lies between nodes: "loopback", memory, or "nccl", NCCL's device API (untested on silicon).
+        rail_constants: of the ``_C.CommNccl`` that made the windows, for "nccl".
         launch: runs a plan.
     """
 
@@ -75,10 +78,13 @@ class Kernels:
         *,
         timeout: float,
         warps: int = 16,
+        rail: str = "loopback",
+        rail_constants: bytes = b"",
         launch: Launcher = launch_on_stream,
     ) -> None:
         self.geometry, self.rank, self.windows, self.state = geometry, rank, windows, state
-        self.timeout, self.warps, self.launch = timeout, warps, launch
+        self.timeout, self.launch = timeout, launch
+        self._how: dict[str, Any] = {"warps": warps, "rail": rail, "rail_constants": rail_constants}
         self._seen = torch.zeros(STATUS_WORDS, dtype=torch.int32, pin_memory=state.is_cuda)
 
     def exchange(self, topk_idx: Tensor, topk_weights: Tensor | None) -> KernelRouting:
@@ -89,7 +95,7 @@ class Kernels:
         weights = words[g.weight_at : g.weight_at + g.capacity].view(torch.float32)
         index = topk_idx.to(torch.int32).contiguous()
         routing = KernelRouting(words, index, topk_weights, offsets, weights)
-        plan = _C.comm_exchange_plan(g, self._call(routing), warps=self.warps)
+        plan = _C.comm_exchange_plan(g, self._call(routing), **self._how)
         self._launch(plan, {"routing": words, "topk_idx": index, "offsets": offsets})
         return routing
 
@@ -116,7 +122,7 @@ class Kernels:
             blocks = torch.empty((g.hidden // BLOCK, pad4(g.capacity)), device=self.state.device)
             tensors["recv_scale"] = blocks.t()[: g.capacity]
         call = self._call(routing, scale_pitch=pitch, pow2=pow2, weighted=routing.topk_weights is not None)
-        self._launch(_C.comm_dispatch_plan(g, call, payload, warps=self.warps), tensors)
+        self._launch(_C.comm_dispatch_plan(g, call, payload, **self._how), tensors)
         if payload == "plain":
             return recv
         return ScaledTensor._trusted(recv, tensors["recv_scale"], _BLOCK)
@@ -171,7 +177,7 @@ class Kernels:
         )
 
     def _bring_back(self, call: _C.CommCall, routing: KernelRouting, tensors: dict[str, Tensor]) -> None:
-        plan = _C.comm_combine_plan(self.geometry, call, warps=self.warps)
+        plan = _C.comm_combine_plan(self.geometry, call, **self._how)
         self._launch(plan, {"routing": routing.words, "topk_idx": routing.topk_idx, **tensors})
 
     def _call(self, routing: KernelRouting, **options: Any) -> _C.CommCall:

@@ -51,11 +51,10 @@ struct Loads {
 };
 
 template <Payload kPayload, class Rail>
-__device__ void dispatch(Context& c, uint32_t* shared) {
+__device__ void dispatch(Context& c, const Rail& network, uint32_t* shared) {
   const RoutingLayout& tables = c.setup.routing;
   const int warps = static_cast<int>(blockDim.x / 32), warp = static_cast<int>(threadIdx.x / 32);
   uint32_t* const next = shared + warp * c.g.ranks();
-  const Rail network{c};
   const Loads loads = Loads::of(c);
   const uint32_t by_role[] = {loads.rail_out, loads.rail_in + loads.link_via, loads.link_out, loads.link_in};
   const Share share = share_of(static_cast<int>(blockIdx.x % 2) * warps + warp, 2 * warps, by_role);
@@ -67,11 +66,10 @@ __device__ void dispatch(Context& c, uint32_t* shared) {
 }
 
 template <class Rail>
-__device__ void combine(Context& c, uint32_t* shared) {
+__device__ void combine(Context& c, const Rail& network, uint32_t* shared) {
   const RoutingLayout& tables = c.setup.routing;
   const int warps = static_cast<int>(blockDim.x / 32), warp = static_cast<int>(threadIdx.x / 32);
   uint32_t* const next = shared + warp * c.g.ranks();
-  const Rail network{c};
   const Loads loads = Loads::of(c);
   const uint32_t tokens = c.first_token(c.channel + 1) - c.first_token(c.channel);
   const uint32_t by_role[] = {loads.link_in, loads.rail_in + loads.link_via, tokens + loads.link_out + loads.rail_out};
@@ -84,13 +82,20 @@ __device__ void combine(Context& c, uint32_t* shared) {
 
 }  // namespace fastfp8::comm
 
-#define FASTFP8_COMM_KERNEL(NAME, MOST_THREADS, ...)                                                                   \
-  extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) NAME(                                                  \
-      const __grid_constant__ fastfp8::comm::Setup setup, const uint64_t* windows, uint32_t* state, uint32_t* routing, \
-      const int* topk_idx, const float* topk_weights, const void* x, const float* x_scale, void* recv,                 \
-      float* recv_scale, int* offsets, const void* expert_out, void* y, const float* row_values, float* values) {      \
-    extern __shared__ uint32_t shared[];                                                                               \
-    fastfp8::comm::Context context(setup, {windows, state, routing, topk_idx, topk_weights, x, x_scale, recv,          \
-                                           recv_scale, offsets, expert_out, y, row_values, values});                   \
-    __VA_ARGS__(context, shared);                                                                                      \
+// What the kernels of every rail are given. Their names are in plan.cpp, their slots in Tensors.
+#define FASTFP8_COMM_PARAMETERS                                                                                    \
+  const __grid_constant__ fastfp8::comm::Setup setup, const uint64_t *windows, uint32_t *state, uint32_t *routing, \
+      const int *topk_idx, const float *topk_weights, const void *x, const float *x_scale, void *recv,             \
+      float *recv_scale, int *offsets, const void *expert_out, void *y, const float *row_values, float *values
+
+#define FASTFP8_COMM_CONTEXT                                                                                \
+  extern __shared__ uint32_t shared[];                                                                      \
+  fastfp8::comm::Context context(setup, {windows, state, routing, topk_idx, topk_weights, x, x_scale, recv, \
+                                         recv_scale, offsets, expert_out, y, row_values, values});
+
+// By a rail that needs nothing else.
+#define FASTFP8_COMM_KERNEL(NAME, MOST_THREADS, ...)                                            \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) NAME(FASTFP8_COMM_PARAMETERS) { \
+    FASTFP8_COMM_CONTEXT                                                                        \
+    __VA_ARGS__(context, fastfp8::comm::LoopbackRail{context}, shared);                         \
   }

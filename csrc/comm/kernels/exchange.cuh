@@ -174,10 +174,9 @@ __device__ inline void add_channels(const Context& c, uint32_t* totals) {
 }
 
 template <class Rail>
-__device__ void exchange(Context& c, uint32_t* shared) {
+__device__ void exchange(Context& c, const Rail& network, uint32_t* shared) {
   const Geometry& g = c.g;
   c.channel = static_cast<int>(blockIdx.x);
-  const Rail network{c};
   const RoutingLayout& tables = c.setup.routing;
   const StateLayout& state = c.setup.state;
   const int warp = static_cast<int>(threadIdx.x / 32), warps = static_cast<int>(blockDim.x / 32);
