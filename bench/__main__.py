@@ -35,6 +35,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             family.add_argument(
                 "--machine", default="H100", choices=("H100", "H200", "H800", "H20"), help="for --explain and --tiles"
             )
+        if name == "comm":
+            simulate = "instead: what the model predicts from 8 to 2048 GPUs; with --json a row a line"
+            family.add_argument("--simulate", action="store_true", help=simulate)
+            family.add_argument(
+                "--machine", default="H800", choices=("H800", "H100", "H200", "H20"), help="for --simulate"
+            )
     night = commands.add_parser("nightly", help="tests, every family, report, regression gate")
     night.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     night.add_argument("--baseline", type=Path, help="a run or a folder of runs (default: this machine's history)")
@@ -83,6 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .explain import tiles
 
         print(tiles(options.machine))
+        return 0
+    if getattr(options, "simulate", False):
+        from . import comm_simulate
+        from .rows import to_line
+
+        if options.json:
+            print(*map(to_line, comm_simulate.rows(options.machine)), sep="\n")
+        else:
+            print(comm_simulate.tables(options.machine))
         return 0
     if options.command in FAMILIES:
         return run_family(options)
