@@ -76,8 +76,8 @@ struct GlobalMemory {
   // Host memory of [address, address + bytes) in a registered range, or an Error that names the nearest one.
   uint8_t* find(uint64_t address, uint64_t bytes, bool write, const Who& who) const;
   const MemoryRange* nearest(uint64_t address) const;  // the last one that begins at or before the address
-  uint64_t allocate(uint64_t bytes);  // 0 where the heap is full
-  bool free(uint64_t address);        // false for what is not from allocate
+  uint64_t allocate(uint64_t bytes);                   // 0 where the heap is full
+  bool free(uint64_t address);                         // false for what is not from allocate
   uint64_t last_change(uint64_t address, uint64_t bytes) const;
 };
 
