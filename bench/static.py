@@ -33,6 +33,8 @@ ROW, SQUARE = (1, BLOCK), (BLOCK, BLOCK)
 
 # What each thread may have: 384 threads of 168 registers are all that an SM has, and nothing may spill.
 BARS = {"registers": 168.0, "bytes of stack": 0.0, "bytes of spills": 0.0, "LDL and STL": 0.0}
+# The same of dispatch and combine, for 512 threads.
+COMM_BARS = BARS | {"registers": 128.0}
 MODEL_NOTE = f"{SMS} SMs; the model's constants are what others measured on an H100"
 # Other instructions than QGMMA and FFMA in the consumers' main loop, % of its FFMA: the most that a kernel may have, by
 # the end of its name, and why where that is over 30. They are what there is with the nvcc of build_kernels.WHEELS. A
@@ -79,7 +81,9 @@ OPCODES = {
 
 def works(tiny: bool) -> list[Work]:
     """``tiny`` takes one module of ours, one Triton kernel and one batch."""
-    modules = list(built_kernels().get("modules", {}).items())[: 1 if tiny else None]
+    modules = sorted(built_kernels().get("modules", {}).items(), key=lambda item: is_comm(item[0]))[
+        : 1 if tiny else None
+    ]
     kernels = [(module, kernel) for module, made in modules for kernel in made]
     found: list[Work] = [Computed(kernel, "", functools.partial(_built, module, kernel)) for module, kernel in kernels]
     if not found:
@@ -92,6 +96,11 @@ def works(tiny: bool) -> list[Work]:
     return found
 
 
+def is_comm(name: str) -> bool:
+    """Whether a module or a kernel is of dispatch and combine, not of GEMM."""
+    return name.startswith("comm_")
+
+
 def _nothing_built(_: Session) -> list[Row]:
     raise Unavailable(f"no kernels were built: {KERNELS} has no build.json")
 
@@ -101,7 +110,7 @@ CUDA, TRITON = "fastfp8 sm_90a", "fastfp8 Triton"  # backends
 
 def _rows(op: str, shape: str, backend: str, values: dict[str, float], note: str | None) -> list[Row]:
     rows = [Row("static", op, shape, backend, "static", unit, *(float(v),) * 3) for unit, v in values.items()]
-    bars = BARS if backend == CUDA else {}
+    bars = {} if backend != CUDA else COMM_BARS if is_comm(op) else BARS
     return [dataclasses.replace(row, bar=bars.get(row.unit), note=note) for row in rows]
 
 
@@ -111,9 +120,11 @@ def _built(module: str, kernel: str, _: Session) -> list[Row]:
         "registers": made["registers"],
         "bytes of stack": made["stack"],
         "bytes of spills": made["spill_bytes"],
-        "bytes of shared memory": plans()[kernel].shared_bytes,
+        "bytes of shared memory": (comm_plans() if is_comm(kernel) else plans())[kernel].shared_bytes,
     }
     more, note = _instructions(KERNELS / f"{module}.cubin", kernel)
+    if is_comm(kernel):
+        return _rows(kernel, COMM_SHAPE, CUDA, values | more, note)
     return _rows(kernel, "", CUDA, values | more, note) + _mix(KERNELS / f"{module}.cubin", kernel)
 
 
@@ -210,6 +221,32 @@ def plans() -> dict[str, _C.LaunchPlan]:
 def configs() -> dict[str, _C.GemmConfig]:
     """The config of each of ``plans``."""
     return {kernel: config for kernel, (config, _) in _launches().items()}
+
+
+COMM_SHAPE = "8 nodes of 8"
+
+
+@functools.cache
+def comm_plans() -> dict[str, _C.LaunchPlan]:
+    """A launch of each kernel of dispatch and combine, by its name; the network does not change what it takes."""
+    geometry = _C.CommGeometry(
+        nodes=8,
+        gpus=8,
+        channels=10,
+        experts=256,
+        top_k=8,
+        hidden=7168,
+        max_tokens=4096,
+        capacity=65536,
+        link_slots=4,
+        rail_slots=4,
+        rail_chunk=8,
+    )
+    call = _C.CommCall(first_rank=0, tokens=4096)
+    made = [_C.comm_exchange_plan(geometry, call), _C.comm_combine_plan(geometry, call)]
+    made += [_C.comm_dispatch_plan(geometry, call, payload) for payload in ("quantize", "scaled", "plain")]
+    plans = {plan.kernel: plan for plan in made}
+    return plans | {kernel.replace("_loopback", "_nccl"): plan for kernel, plan in plans.items()}
 
 
 _Launches = dict[str, tuple[_C.GemmConfig, _C.LaunchPlan]]

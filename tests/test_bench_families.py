@@ -145,12 +145,15 @@ def test_static_rows_say_what_the_build_says() -> None:
     assert not not_run or not_run[0].op == "quantize_kernel"
     ours = {(row.op, row.unit): row for row in rows if row.backend == static.CUDA and row.kind == "static"}
     kernels = {k: v for made in built_kernels()["modules"].values() for k, v in made.items()}
-    assert {op for op, _ in ours} == set(kernels) == set(static.plans())
+    assert {op for op, _ in ours} == set(kernels)
+    assert {kernel for kernel in kernels if not static.is_comm(kernel)} == set(static.plans())
     for kernel, used in kernels.items():
-        assert ours[kernel, "registers"].median == used["registers"] == ours[kernel, "registers"].bar
-        assert ours[kernel, "bytes of stack"].median == used["stack"] == ours[kernel, "bytes of stack"].bar
-        assert ours[kernel, "bytes of spills"].bar == 0
-        assert 64 << 10 < ours[kernel, "bytes of shared memory"].median <= 227 << 10
+        registers, comm = ours[kernel, "registers"], static.is_comm(kernel)
+        assert registers.median == used["registers"]
+        assert registers.bar == (128 if comm else used["registers"])
+        assert ours[kernel, "bytes of stack"].median == used["stack"]
+        assert ours[kernel, "bytes of stack"].bar == ours[kernel, "bytes of spills"].bar == 0
+        assert (1 if comm else 64 << 10) < ours[kernel, "bytes of shared memory"].median <= 227 << 10
 
 
 def test_static_rows_of_the_code() -> None:
