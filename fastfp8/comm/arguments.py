@@ -20,8 +20,9 @@ _BLOCK: Block = (1, BLOCK)
 class Arguments:
     """The sizes and the device that arguments must fit."""
 
-    def __init__(self, layout: Layout, device: torch.device) -> None:
-        self._layout, self._device = layout, device
+    def __init__(self, layout: Layout, device: torch.device, reads: bool) -> None:
+        """``reads``: look at the values of indices too, for which the host waits where they are on a GPU."""
+        self._layout, self._device, self._reads = layout, device, reads
 
     def dispatch(
         self,
@@ -48,7 +49,7 @@ class Arguments:
         check_value(cols == layout.hidden, op, "x", f"[T, {layout.hidden}]", f"shape {tuple(codes.shape)}")
         self._check_device(op, "x", codes)
         if handle is not None:
-            sent = handle.routing.sent.tokens
+            sent = handle.routing.tokens
             check_value(topk_idx is None, op, "topk_idx", "None with a handle", type(topk_idx).__name__)
             check_value(topk_weights is None, op, "topk_weights", "None with a handle", type(topk_weights).__name__)
             check_value(tokens == sent, op, "x", f"{sent} tokens, as the handle's dispatch had", f"{tokens}")
@@ -57,14 +58,18 @@ class Arguments:
         check_tensor(topk_idx, op, "topk_idx", INDEX_DTYPES)
         assert topk_idx is not None
         self._check_slots(op, "topk_idx", topk_idx, tokens)
-        bad = ((topk_idx < -1) | (topk_idx >= layout.num_experts)).nonzero()
-        if bad.numel():
-            token, slot = bad[0].tolist()
-            expected = f"experts from 0 to below num_experts = {layout.num_experts}, or -1"
-            raise value_error(op, "topk_idx", expected, f"{int(topk_idx[token, slot])} for token {token}")
+        if self._reads:
+            self._check_experts(op, topk_idx)
         if topk_weights is not None:
             check_tensor(topk_weights, op, "topk_weights", (torch.float32,))
             self._check_slots(op, "topk_weights", topk_weights, tokens)
+
+    def _check_experts(self, op: str, topk_idx: Tensor) -> None:
+        bad = ((topk_idx < -1) | (topk_idx >= self._layout.num_experts)).nonzero()
+        if bad.numel():
+            token, slot = bad[0].tolist()
+            expected = f"experts from 0 to below num_experts = {self._layout.num_experts}, or -1"
+            raise value_error(op, "topk_idx", expected, f"{int(topk_idx[token, slot])} for token {token}")
 
     def combine(self, expert_out: Tensor, handle: Handle, weighted: object, out: Tensor | None, stream: object) -> None:
         op = f"{_OP}.combine"
@@ -73,7 +78,7 @@ class Arguments:
         self._check(op, "expert_out", expert_out, (self._layout.capacity, self._layout.hidden))
         if out is None:
             return
-        self._check(op, "out", out, (handle.routing.sent.tokens, self._layout.hidden))
+        self._check(op, "out", out, (handle.routing.tokens, self._layout.hidden))
         check_value(out.is_contiguous(), op, "out", "a contiguous tensor", f"stride {tuple(out.stride())}")
         tracked = is_tracked(expert_out) or (weighted is True and is_tracked(handle.recv_weights))
         check_value(not tracked, op, "out", "None where the result has gradients", "a tensor")

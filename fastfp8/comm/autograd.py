@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .collective import Routing, Rows
+from .collective import Rows
 from .exchange import Arrival, Exchange
 
 
@@ -20,24 +20,25 @@ def is_tracked(t: object) -> bool:
     return isinstance(t, Tensor) and t.requires_grad and torch.is_grad_enabled()
 
 
-def rows_of_tokens(x: Rows, exchange: Exchange, routing: Routing) -> tuple[Rows, Arrival]:
-    """recv of dispatch, with its gradient if ``x`` is dense."""
-    if not is_tracked(x):
-        return exchange.rows_of_tokens(x, routing)
+def rows_of_tokens(x: Rows, exchange: Exchange, routing: Any, quantize: bool, pow2: bool) -> tuple[Rows, Arrival]:
+    """recv of dispatch, with its gradient if it is dense as ``x`` is."""
+    if quantize or not is_tracked(x):
+        return exchange.rows_of_tokens(x, routing, quantize, pow2)
     arrivals: list[Arrival] = []
     return _Rows.apply(x, exchange, routing, arrivals), arrivals[0]  # type: ignore[no-untyped-call]
 
 
-def weights_of_rows(topk_weights: Tensor | None, exchange: Exchange, routing: Routing) -> Tensor:
+def weights_of_rows(topk_weights: Tensor | None, exchange: Exchange, routing: Any) -> Tensor:
     """recv_weights of a handle, with their gradient."""
+    weights: Tensor = routing.weights
     if not is_tracked(topk_weights):
-        return routing.weights
-    weights: Tensor = _Weights.apply(topk_weights, exchange, routing)  # type: ignore[no-untyped-call]
+        return weights
+    weights = _Weights.apply(topk_weights, exchange, routing)  # type: ignore[no-untyped-call]
     return weights
 
 
 def tokens_of_rows(
-    rows: Tensor, weights: Tensor | None, exchange: Exchange, routing: Routing, out: Tensor | None
+    rows: Tensor, weights: Tensor | None, exchange: Exchange, routing: Any, out: Tensor | None
 ) -> tuple[Tensor, Arrival]:
     """The result of combine, with its gradients."""
     if not is_tracked(rows) and not is_tracked(weights):
@@ -48,9 +49,9 @@ def tokens_of_rows(
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange, routing: Routing, arrivals: list[Arrival]) -> Rows:
+    def forward(ctx: Any, x: Tensor, exchange: Exchange, routing: Any, arrivals: list[Arrival]) -> Rows:
         ctx.exchange, ctx.routing = exchange, routing
-        recv, arrival = exchange.rows_of_tokens(x, routing)
+        recv, arrival = exchange.rows_of_tokens(x, routing, False, False)
         arrivals.append(arrival)
         return recv
 
@@ -62,9 +63,10 @@ class _Rows(torch.autograd.Function):
 
 class _Weights(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, topk_weights: Tensor, exchange: Exchange, routing: Routing) -> Tensor:
+    def forward(ctx: Any, topk_weights: Tensor, exchange: Exchange, routing: Any) -> Tensor:
         ctx.exchange, ctx.routing = exchange, routing
-        return routing.weights.detach()
+        weights: Tensor = routing.weights
+        return weights.detach()
 
     @staticmethod
     @once_differentiable
@@ -75,7 +77,7 @@ class _Weights(torch.autograd.Function):
 class _Tokens(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weights: Tensor | None, exchange: Exchange, routing: Routing, arrivals: list[Arrival]
+        ctx: Any, rows: Tensor, weights: Tensor | None, exchange: Exchange, routing: Any, arrivals: list[Arrival]
     ) -> Tensor:
         ctx.exchange, ctx.routing = exchange, routing
         ctx.save_for_backward(None if weights is None else rows, weights)

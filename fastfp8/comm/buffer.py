@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import ArgumentTypeError, check_type, check_value, message
-from ..ops.quantize import quantize as quantize_blocks
 from ..scaled_tensor import ScaledTensor
 from .agreement import Sizes, agree
 from .arguments import Arguments
 from .autograd import is_tracked, rows_of_tokens, tokens_of_rows, weights_of_rows
-from .exchange import Exchange
-from .footprint import Layout, Memory, memory_of
+from .exchange import CollectiveExchange, Exchange
+from .footprint import Layout, Memory
 from .handle import Handle
+from .kernel_exchange import kernel_exchange
 from .link import Link
 from .preflight import Call
 
@@ -52,6 +52,7 @@ class Buffer:
             * min(top_k, num_experts / world)``.
         timeout: seconds that a call may wait for others.
         device: of all tensors; None for the CPU, or the current GPU where the group's backend is NCCL.
+        way: "collective" or "kernels".
 
     Raises:
         TypeError: an argument is of another type.
@@ -73,18 +74,26 @@ class Buffer:
         capacity: int | None = None,
         timeout: float = 300.0,
         device: torch.device | str | None = None,
+        way: str = "collective",
     ) -> None:
         group = dist.group.WORLD if group is None else group
         if not isinstance(group, dist.ProcessGroup):
             raise ArgumentTypeError(message(_OP, "group", "a torch.distributed.ProcessGroup of this rank", group))
         check_type(timeout, (int, float), _OP, "timeout", "seconds")
         check_value(timeout > 0, _OP, "timeout", "more than 0 seconds", timeout)
+        check_value(way in ("collective", "kernels"), _OP, "way", "'collective' or 'kernels'", way)
         if device is None:
             device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend(group) == "nccl" else "cpu"
         link = Link(group, torch.device(device), float(timeout))
         sizes = Sizes(hidden, num_experts, top_k, max_tokens, ranks_per_node, capacity, num_sms)
-        self._exchange = Exchange(link, agree(link, sizes))
-        self._arguments = Arguments(self._exchange.layout, link.device)
+        layout = agree(link, sizes)
+        self._use(
+            kernel_exchange(link, layout, num_sms) if way == "kernels" else CollectiveExchange(link, layout), device
+        )
+
+    def _use(self, exchange: Exchange, device: torch.device | str) -> None:
+        self._exchange = exchange
+        self._arguments = Arguments(exchange.layout, torch.device(device), exchange.way == "collective")
         self._handles: weakref.WeakSet[Handle] = weakref.WeakSet()
 
     def dispatch(
@@ -133,35 +142,24 @@ class Buffer:
             Timeout: a rank did not answer.
         """
         deadline = self._start("dispatch", handle, optional=True)
-        problem, counts, sent = None, None, None
+        problem = None
         try:
             self._arguments.dispatch(x, topk_idx, topk_weights, handle, (quantize, pow2), stream)
-            if handle is None:
-                assert topk_idx is not None
-                sent, counts = self._exchange.way.counts(topk_idx)
         except (TypeError, ValueError) as error:
             problem = error
         quantized = isinstance(x, ScaledTensor) or quantize is True
         tracked = not quantized and is_tracked(x), is_tracked(topk_weights)
         call = Call("dispatch", (quantized, quantized and pow2 is True, handle is not None, *tracked))
-        all_counts = self._exchange.agree(call, deadline, problem, counts)
-        with _on(stream):
+        with _on(None if problem else stream):
             if handle is None:
-                assert sent is not None
-                assert topk_idx is not None
-                self._exchange.way.check_room(all_counts)
-                if topk_weights is None:
-                    weights = torch.ones(topk_idx.shape, device=topk_idx.device)
-                else:
-                    weights = topk_weights.detach().contiguous()
-                routing = self._exchange.way.route(sent, all_counts, topk_idx, weights, deadline)
+                routing = self._exchange.route(topk_idx, topk_weights, call, deadline, problem)  # type: ignore[arg-type]
                 new = Handle(self, routing, weights_of_rows(topk_weights, self._exchange, routing))
             else:
+                self._exchange.agree(call, deadline, problem)
                 new = Handle(self, handle.routing, handle.recv_weights)
             self._handles.add(new)
-            rows = quantize_blocks(x.detach(), pow2=pow2) if quantize and isinstance(x, Tensor) else x
-            recv, arrival = rows_of_tokens(rows, self._exchange, new.routing)
-            new.add(*arrival)
+            recv, arrival = rows_of_tokens(x, self._exchange, new.routing, quantized, pow2)
+            new.add(arrival)
             if not async_op:
                 new.wait()
         return recv, new.offsets, new
@@ -207,7 +205,7 @@ class Buffer:
         self._exchange.agree(call, deadline, problem)
         with _on(stream):
             y, arrival = tokens_of_rows(expert_out, weights, self._exchange, handle.routing, out)
-            handle.add(*arrival)
+            handle.add(arrival)
             if not async_op:
                 handle.wait()
         return y
@@ -249,7 +247,7 @@ class Buffer:
         """
         self._start("combine_backward", handle)
         call = "combine_backward"
-        problem = self._arguments.wrong_tokens(call, "dy", dy, handle.routing.sent.tokens)
+        problem = self._arguments.wrong_tokens(call, "dy", dy, handle.routing.tokens)
         problem = problem or self._arguments.wrong_rows(call, "expert_out", expert_out)
         weights = handle.recv_weights.detach() if weighted else None
         return self._exchange.combine_backward(dy, expert_out, weights, handle.routing, problem)
@@ -273,14 +271,18 @@ class Buffer:
 
     def memory(self, quantize: bool = True) -> Memory:
         """What is allocated on a rank, to be printed; :func:`fastfp8.comm.memory` says it before there is a Buffer."""
-        return memory_of(self.layout, quantize, "collective")
+        return self._exchange.memory(quantize)
+
+    def check(self) -> None:
+        """Raise what kernels have reported so far, for which the host waits; nothing with ``way="collective"``."""
+        self._exchange.check()
 
     def close(self) -> None:
         """Wait for what is in flight and end the use of this Buffer. Other ranks are not waited for."""
-        if not self._exchange.closed and self._exchange.link.failure is None:
+        if not self._exchange.closed and self._exchange.failure is None:
             for handle in list(self._handles):
                 handle.wait()
-        self._exchange.closed = True
+        self._exchange.close()
 
     @property
     def layout(self) -> Layout:
@@ -293,12 +295,12 @@ class Buffer:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.close()
-        self._exchange.closed = True  # after an exception others may never send what is in flight
+        self._exchange.close()  # after an exception others may never send what is in flight
 
     def __repr__(self) -> str:
-        link = self._exchange.link
-        state = "closed" if self._exchange.closed else "failed" if link.failure else "open"
-        return f"Buffer(rank {link.rank}, {self.layout}, {state})"
+        exchange = self._exchange
+        state = "closed" if exchange.closed else "failed" if exchange.failure else "open"
+        return f"Buffer(rank {exchange.rank}, {self.layout}, {exchange.way}, {state})"
 
     def _start(self, call: str, handle: Handle | None, optional: bool = False) -> float:
         """The deadline of a call. Raises for what keeps this rank from taking part at all."""

@@ -51,6 +51,16 @@ class Routing:
     """Rows in use."""
 
     @property
+    def tokens(self) -> int:
+        """T."""
+        return self.sent.tokens
+
+    @property
+    def offsets(self) -> Tensor:
+        """int32 [local experts]."""
+        return self.where.offsets
+
+    @property
     def copy_of(self) -> Tensor:
         """int64 [rows]: the copy that each row is of."""
         return self.where.slots[: self.rows].long() // self.sent.top_k

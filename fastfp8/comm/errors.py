@@ -6,21 +6,22 @@ from collections.abc import Sequence
 
 
 class Overflow(RuntimeError):
-    """Some rank would get more rows than its ``recv`` has. Raised on every rank, before any row moves; the Buffer stays
-    usable.
+    """Some rank would get more rows than its ``recv`` has. Through the process group it is raised on every rank, before
+    any row moves; by kernels on that rank, later, and its ``recv`` has the rows that fit. The Buffer stays usable.
 
     Attributes:
         capacity: rows of ``recv``.
         rows: of each rank the rows that it would have got.
     """
 
-    def __init__(self, capacity: int, rows: Sequence[int]) -> None:
+    def __init__(self, capacity: int, rows: Sequence[int], sent: bool = False) -> None:
         self.capacity, self.rows = capacity, tuple(rows)
         most = max(self.rows)
         over = ", ".join(f"rank {rank} would get {n}" for rank, n in enumerate(self.rows) if n > capacity)
+        done = "those beyond were left out" if sent else "no row was sent"
         super().__init__(
             f"fastfp8.comm.Buffer.dispatch: a rank has room for {capacity} rows, {over}: "
-            f"no row was sent; a Buffer with capacity={most} takes this routing"
+            f"{done}; a Buffer with capacity={most} takes this routing"
         )
 
 

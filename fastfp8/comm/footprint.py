@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import _C
 from ..errors import check_value
 from ..layout import BLOCK, pad4
 
@@ -60,7 +61,7 @@ class Item:
 
     name: str
     held: str
-    """By what: recv, handle, or dispatch or combine, while bytes are on the way."""
+    """By what: buffer, recv, handle, or dispatch or combine, while bytes are on the way."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     exact: bool
@@ -75,22 +76,22 @@ class Item:
 
 @dataclass(frozen=True)
 class Memory:
-    """Tensors of a Buffer on one rank; ``print`` shows them. It holds none between calls: ``recv`` and the handle
-    are the caller's, once a dispatch; the rest lives while a dispatch or a combine runs. Temporaries of torch's own
-    operations are not counted."""
+    """Tensors of a Buffer on one rank; ``print`` shows them. Through the process group it holds none between calls:
+    ``recv`` and the handle are the caller's, once a dispatch; the rest lives while a dispatch or a combine runs.
+    Temporaries of torch's own operations are not counted."""
 
     way: str
     items: tuple[Item, ...]
 
     def held_by(self, holder: str) -> int:
-        """Bytes of 'recv', 'handle', 'dispatch' or 'combine'."""
+        """Bytes of 'buffer', 'recv', 'handle', 'dispatch' or 'combine'."""
         return sum(item.nbytes for item in self.items if item.held == holder)
 
     @property
     def nbytes(self) -> int:
         """The most that there is at a time with one handle: its result and itself, and what a call adds."""
         calls = max(self.held_by("dispatch"), self.held_by("combine"))
-        return self.held_by("recv") + self.held_by("handle") + calls
+        return self.held_by("buffer") + self.held_by("recv") + self.held_by("handle") + calls
 
     def __str__(self) -> str:
         rows = [
@@ -114,21 +115,40 @@ class Memory:
         return "\n".join([f"{self.way}: bytes on one rank", *(line.rstrip() for line in lines)])
 
 
-def _collective(layout: Layout, quantized: bool) -> tuple[Item, ...]:
-    rows, top_k = layout.capacity, layout.top_k
-    sent = layout.max_tokens * min(top_k, layout.world)
-    came = layout.max_tokens * layout.world
-    width = layout.row_bytes(quantized)
+def _recv(layout: Layout, quantized: bool) -> list[Item]:
+    rows = layout.capacity
     if quantized:
-        recv = [
+        return [
             Item("data", "recv", (rows, layout.hidden), torch.float8_e4m3fn, True),
             Item(
                 *("scale", "recv", (rows, layout.blocks), torch.float32, True),
                 padded=(pad4(rows) - rows) * (layout.blocks - 1),  # the last column has none
             ),
         ]
-    else:
-        recv = [Item("rows", "recv", (rows, layout.hidden), torch.bfloat16, True)]
+    return [Item("rows", "recv", (rows, layout.hidden), torch.bfloat16, True)]
+
+
+def kernel_items(layout: Layout, geometry: _C.CommGeometry, quantized: bool) -> tuple[Item, ...]:
+    """Of the way by kernels: what its windows and its state hold lives as long as the Buffer."""
+    result = Item("result", "combine", (layout.max_tokens, layout.hidden), torch.bfloat16, False)
+    return (
+        Item("window: rings and mail", "buffer", (geometry.window_bytes,), torch.uint8, True),
+        Item("state: positions of rings", "buffer", (geometry.state_words,), torch.int32, True),
+        Item("addresses of windows", "buffer", (layout.world,), torch.int64, True),
+        *_recv(layout, quantized),
+        Item("routing", "handle", (geometry.routing_words,), torch.int32, True),
+        Item("indices", "handle", (layout.max_tokens, layout.top_k), torch.int32, False),
+        Item("offsets", "handle", (layout.local_experts,), torch.int32, True),
+        result,
+    )
+
+
+def _collective(layout: Layout, quantized: bool) -> tuple[Item, ...]:
+    rows, top_k = layout.capacity, layout.top_k
+    sent = layout.max_tokens * min(top_k, layout.world)
+    came = layout.max_tokens * layout.world
+    width = layout.row_bytes(quantized)
+    recv = _recv(layout, quantized)
     handle = [
         Item("offsets", "handle", (layout.local_experts,), torch.int32, True),
         Item("recv_counts", "handle", (layout.world, layout.local_experts), torch.int32, True),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .collective import Routing
-from .link import Flight
+from .exchange import Arrival
 
 if TYPE_CHECKING:
     from .buffer import Buffer
@@ -24,14 +22,15 @@ class Handle:
         recv_weights: float32 [capacity]: the weight of each row of ``recv``, 1 where dispatch had none. It has a
             gradient with respect to ``topk_weights``. Not written past ``offsets[-1]``.
         recv_counts: int32 [world, local experts]: the rows that each rank sent for each expert here.
-        copies: int32 [world, world], on the host: tokens sent from rank to rank, each counted once a rank.
+        copies: int32 [world, world], on the host: tokens sent from rank to rank, each counted once a rank. None where
+            the host does not know them, with kernels.
     """
 
-    def __init__(self, buffer: Buffer, routing: Routing, recv_weights: Tensor) -> None:
+    def __init__(self, buffer: Buffer, routing: Any, recv_weights: Tensor) -> None:
         self.buffer, self.routing = buffer, routing
-        self.offsets, self.recv_weights = routing.where.offsets, recv_weights
+        self.offsets, self.recv_weights = routing.offsets, recv_weights
         self.recv_counts, self.copies = routing.counts, routing.copies
-        self._pending: list[tuple[Flight, Callable[[], None]]] = []
+        self._pending: list[Arrival] = []
 
     def wait(self) -> None:
         """Wait until ``recv`` of a dispatch with ``async_op=True``, and the sum of such a combine, are there.
@@ -41,11 +40,11 @@ class Handle:
         """
         while self._pending:
             flight, arrive = self._pending[0]
-            flight.wait(self.buffer._exchange.link.deadline())
+            flight.wait(self.buffer._exchange.deadline())
             with torch.no_grad():  # what is filled here is a result that has its gradient already
                 arrive()
             del self._pending[0]
 
-    def add(self, flight: Flight, arrive: Callable[[], None]) -> None:
-        """Have :meth:`wait` wait for a flight, and then call ``arrive``."""
-        self._pending.append((flight, arrive))
+    def add(self, arrival: Arrival) -> None:
+        """Have :meth:`wait` wait for it."""
+        self._pending.append(arrival)

@@ -5,7 +5,8 @@
     combine    rows -> their sums, or a value for each slot        likewise
 
 A call launches and returns: nothing here waits for the GPU. What a kernel finds wrong it writes to its status, of which
-a copy comes to the host behind each launch; the next call that sees it raises.
+a copy comes to the host behind each launch. :meth:`Kernels.raise_seen` raises what has come; a launch only does after a
+Timeout, because the other ranks wait for it.
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ class KernelRouting:
     """int32 [local experts]: the row at which each expert ends."""
     weights: Tensor
     """float32 [capacity]: a view of ``words``; unspecified past the last row."""
+    counts: Tensor | None = None
+    copies: None = None
+
+    @property
+    def tokens(self) -> int:
+        return self.topk_idx.shape[0]
 
 
 class Kernels:
@@ -86,6 +93,7 @@ class Kernels:
         self.timeout, self.launch = timeout, launch
         self._how: dict[str, Any] = {"warps": warps, "rail": rail, "rail_constants": rail_constants}
         self._seen = torch.zeros(STATUS_WORDS, dtype=torch.int32, pin_memory=state.is_cuda)
+        self.keeps: tuple[object, ...] = ()  # what must live as long as the windows are used
 
     def exchange(self, topk_idx: Tensor, topk_weights: Tensor | None) -> KernelRouting:
         """The routing of [T, top_k] indices. All ranks must come."""
@@ -151,7 +159,7 @@ class Kernels:
     def raise_seen(self) -> None:
         """Raise what has come to the host of it. Does not wait. After a Timeout, nothing works any more; other errors
         are raised once."""
-        found = _C.comm_status([word & 0xFFFFFFFF for word in self._seen.tolist()])
+        found = self._found()
         if found is None:
             return
         if found["trouble"] != "timeout":
@@ -160,7 +168,7 @@ class Kernels:
         if found["trouble"] == "overflow":
             rows = [0] * self.geometry.ranks
             rows[self.rank] = found["rows"]
-            raise Overflow(self.geometry.capacity, rows)
+            raise Overflow(self.geometry.capacity, rows, sent=True)
         if found["trouble"] == "bad expert":
             expert = found["head"] - (found["head"] >> 31 << 32)
             experts = self.geometry.ranks * self.geometry.local_experts
@@ -186,9 +194,14 @@ class Kernels:
         return _C.CommCall(first_rank=self.rank, tokens=tokens, timeout_us=microseconds, **options)
 
     def _launch(self, plan: _C.LaunchPlan, tensors: dict[str, Tensor]) -> None:
-        self.raise_seen()
+        found = self._found()
+        if found is not None and found["trouble"] == "timeout":
+            self.raise_seen()
         self.launch(plan, {"windows": self.windows, "state": self.state, **tensors})
         self._seen.copy_(self._status(), non_blocking=True)
+
+    def _found(self) -> _C._CommStatus | None:
+        return _C.comm_status([word & 0xFFFFFFFF for word in self._seen.tolist()])
 
     def _status(self) -> Tensor:
         return self.state[self.geometry.status_at :][:STATUS_WORDS]

@@ -1,0 +1,158 @@
+"""The way by kernels: launches on the current stream, between GPUs that reach each other's memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import _C
+from ..errors import check_value
+from .collective import Rows
+from .exchange import Arrival, Exchange
+from .footprint import Layout, Memory, kernel_items
+from .kernels import KernelRouting, Kernels
+from .link import Link
+from .preflight import Call
+from .sums import row_gradients
+from .tune import defaults
+
+
+class _Stream:
+    """A call's end on a stream, for which the stream that waits has to wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def wait(self, deadline: float) -> None:
+        if self._event is not None:
+            self._event.wait()
+
+
+class KernelExchange(Exchange):
+    """Launches of one rank's kernels."""
+
+    way = "kernels"
+
+    def __init__(self, kernels: Kernels, layout: Layout) -> None:
+        super().__init__(layout, kernels.rank)
+        self.kernels = kernels
+
+    def memory(self, quantize: bool) -> Memory:
+        return Memory(self.way, kernel_items(self.layout, self.kernels.geometry, quantize))
+
+    def deadline(self) -> float:
+        return math.inf  # the kernels have their own
+
+    def check(self) -> None:
+        self.kernels.check()
+
+    def agree(self, call: Call, deadline: float, problem: Exception | None) -> None:
+        if problem is not None:
+            raise problem
+
+    def route(
+        self,
+        topk_idx: Tensor,
+        topk_weights: Tensor | None,
+        call: Call,
+        deadline: float,
+        problem: Exception | None,
+    ) -> KernelRouting:
+        self.agree(call, deadline, problem)
+        return self.kernels.exchange(topk_idx, None if topk_weights is None else topk_weights.detach().contiguous())
+
+    def rows_of_tokens(self, x: Rows, routing: KernelRouting, quantize: bool, pow2: bool) -> tuple[Rows, Arrival]:
+        if isinstance(x, Tensor):
+            x = x.detach()
+        return self.kernels.dispatch(x, routing, quantize=quantize, pow2=pow2), self._end()
+
+    def tokens_of_rows(
+        self, rows: Tensor, weights: Tensor | None, routing: KernelRouting, role: str, out: Tensor | None = None
+    ) -> tuple[Tensor, Arrival]:
+        y = self.kernels.combine(rows.detach(), routing, weighted=weights is not None, out=out)
+        return y, self._end()
+
+    def dispatch_backward(self, grad_rows: Tensor, routing: KernelRouting, problem: Exception | None = None) -> Tensor:
+        self._begin("dispatch_backward", problem)
+        return self.kernels.combine(grad_rows, routing, weighted=False)
+
+    def combine_backward(
+        self, dy: Tensor, rows: Tensor, weights: Tensor | None, routing: KernelRouting, problem: Exception | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        self._begin("combine_backward", problem)
+        dys = self.kernels.dispatch(dy, routing, quantize=False)
+        assert isinstance(dys, Tensor)
+        if weights is None:
+            return dys, None
+        # How many rows are in use only the GPU knows: the others' numbers are worked on too, and put right at the end.
+        every = torch.arange(self.layout.capacity, device=dy.device)
+        grad_rows, grad_weights = torch.empty_like(dys), torch.empty_like(weights)
+        row_gradients(dys, rows, every, weights, grad_rows, grad_weights)
+        return grad_rows, grad_weights.masked_fill_(every >= routing.offsets[-1], 0)
+
+    def weights_backward(self, grad: Tensor, routing: KernelRouting, problem: Exception | None = None) -> Tensor:
+        self._begin("weights_backward", problem)
+        return self.kernels.bring_back(grad, routing)
+
+    def _begin(self, call: str, problem: Exception | None) -> None:
+        self.start(call)
+        if problem is not None:
+            raise problem
+
+    def _end(self) -> Arrival:
+        """Of a call. What went wrong before it is raised now that others have what they wait for."""
+        self.kernels.raise_seen()
+        return _Stream(self.kernels.state.device), lambda: None
+
+
+def geometry_of(layout: Layout, num_sms: int, gpu: str) -> _C.CommGeometry:
+    """The rings of a Buffer of these sizes, by the model of :mod:`fastfp8.comm.tune`."""
+    settings = defaults(
+        layout.nodes,
+        layout.ranks_per_node,
+        layout.hidden,
+        layout.top_k,
+        gpu,
+        experts=layout.num_experts,
+        max_tokens=layout.max_tokens,
+        num_sms=num_sms,
+    )
+    return _C.CommGeometry(
+        nodes=layout.nodes,
+        gpus=layout.ranks_per_node,
+        channels=num_sms // 2,
+        experts=layout.num_experts,
+        top_k=layout.top_k,
+        hidden=layout.hidden,
+        max_tokens=max(1, layout.max_tokens),
+        capacity=max(1, layout.capacity),
+        link_slots=settings.link_slots,
+        rail_slots=settings.rail_slots,
+        rail_chunk=settings.rail_chunk,
+    )
+
+
+def kernel_exchange(link: Link, layout: Layout, num_sms: int) -> KernelExchange:
+    """With windows in symmetric memory of the group, whose GPUs are all of one machine. Not run on GPUs yet."""
+    op, device = "comm.Buffer", link.device
+    check_value(device.type == "cuda", op, "way", "'collective' on a CPU; kernels run on GPUs", "'kernels'")
+    reason = _C.gemm_sm90_unusable_reason(device.index or 0)
+    check_value(reason == "", op, "way", f"'collective' here: {reason}", "'kernels'")
+    machines = "'collective' over several machines, as kernels over NCCL are not joined to Buffer yet"
+    check_value(layout.nodes == 1, op, "way", machines, "'kernels'")
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    geometry = geometry_of(layout, num_sms, torch.cuda.get_device_name(device))
+    window = symmetric_memory.empty(geometry.window_bytes, dtype=torch.uint8, device=device)
+    handle = symmetric_memory.rendezvous(window, link.group)
+    window.zero_()
+    torch.cuda.synchronize(device)
+    dist.barrier(link.group)  # no rank writes to a window that is not zero yet
+    addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+    state = torch.zeros(geometry.state_words, dtype=torch.int32, device=device)
+    kernels = Kernels(geometry, link.rank, addresses, state, timeout=link.timeout)
+    kernels.keeps = (window, handle)
+    return KernelExchange(kernels, layout)
