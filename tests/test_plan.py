@@ -181,6 +181,9 @@ def test_a_remembered_plan_is_the_one_that_would_be_made():
     wider = operands(64, 576, 512)
     wider["a"] = view("float8_e4m3fn", [64, 512], [528, 1])
     asked.append(_C.GemmProblem(**wider))
+    asked += [
+        problem(128, 512, 512).with_swiglu(None, limit, pow2, 0.0, False) for limit in (None, 7.0) for pow2 in (0, 1)
+    ]
     random.Random(0).shuffle(asked)
     for p in asked + asked[::-1]:
         assert repr(_C.gemm_planned(p)) == repr(plan_of(p))

@@ -81,7 +81,7 @@ Outputs gemm_swiglu_quantize_cuda(const Tensor& a, const Tensor& a_scale, const 
       {"ends", offsets ? address_of(*offsets) : 0},
       {"error", error_word},
   };
-  driver::launch(gemm::plan(problem, gemm::select(problem)), bindings, 10, current_stream(device));
+  driver::launch(gemm::planned(problem), bindings, 10, current_stream(device));
   return {out, out_scale, gate_up};
 }
 

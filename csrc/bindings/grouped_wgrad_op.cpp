@@ -67,7 +67,7 @@ struct Call {
         {"out", address(out)},   {"ends", address(offsets)},
         {"error", error_word},
     };
-    driver::launch(gemm::plan(problem, gemm::select(problem)), bindings, 7, current_stream(device));
+    driver::launch(gemm::planned(problem), bindings, 7, current_stream(device));
   }
 };
 
