@@ -32,8 +32,9 @@ $(VENV)/built: $(VENV)/installed setup.py build_support/build_kernels.py $(CPP)
 demo: setup
 	$(BIN)/python -m fastfp8.demo
 
+# Two workers, each with one thread of torch: more threads than cores would only wait for each other.
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not download"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not download"
 
 lint: setup
 	$(BIN)/ruff check .
