@@ -53,9 +53,23 @@ def turned(data: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(data.shape[1], -1), of_blocks
 
 
-def activated(gate_up: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    gate, up = gate_up.float().chunk(2, 1)
+def gates(gate_up: Tensor, scale: Tensor | None) -> tuple[Tensor, ...]:
+    return (gate_up.float() if scale is None else widened(gate_up, scale, ROW)).chunk(2, 1)
+
+
+def activated(gate_up: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    gate, up = gates(gate_up, rest[-1])
     return plain(F.silu(gate) * up, ROW)
+
+
+def derived(grad: Tensor, gate_up: Tensor, scale: Tensor | None, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    """The activation, then the gradient of gate and up, then that of weight, in the op's order."""
+    gate, up = gates(gate_up, scale)
+    sigmoid, given = gate.sigmoid(), grad.float() * weight[:, None]
+    silu = gate * sigmoid
+    gradient = torch.cat([given * up * (sigmoid * (1 + gate * (1 - sigmoid))), given * silu], 1)
+    turned_value = plain((silu * up * weight[:, None]).t(), ROW)
+    return *turned_value, *plain(gradient, ROW), *plain(gradient.t(), ROW), (grad.float() * silu * up).sum(1)
 
 
 def gathered(y: Tensor, _: None, rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,7 +117,8 @@ PLAIN: dict[str, Callable[..., Any]] = {
     ),
     "quantize_both": both,
     "requantize_transpose": turned,
-    "swiglu_quantize": activated,
+    **dict.fromkeys(("swiglu_quantize", "swiglu_quantize, FP8"), activated),
+    **dict.fromkeys(("swiglu_backward_quantize", "swiglu_backward_quantize, FP8"), derived),
     "permute": scattered,
     "permute, FP8": scattered_fp8,
     "permute_quantize": lambda x, rows, *_: plain(scattered(x, rows), ROW),

@@ -73,10 +73,39 @@ def dequantize(block: Block, rows: int, cols: int) -> Fusion:
     return Fusion("dequantize", OPS.dequantize.default, (t.data, t.scale, block, BF16), steps)
 
 
-def swiglu_quantize(rows: int, cols: int) -> Fusion:
-    n, gate_up = rows * cols, randn(rows, 2 * cols).bfloat16()
-    steps = {"silu": 4.0 * n, "multiply": 6.0 * n, "quantize": 3.0 * n}
-    return Fusion("swiglu_quantize", OPS.swiglu_quantize.default, (gate_up, None, None, False, 0.0), steps)
+def _gates(fp8: bool, rows: int, cols: int) -> tuple[Tensor, Tensor | None, dict[str, float]]:
+    """Gate and up [rows, 2 * cols] with the scale of FP8, and the step that makes it BF16."""
+    gate_up = randn(rows, 2 * cols).bfloat16()
+    if not fp8:
+        return gate_up, None, {}
+    t = fastfp8.quantize(gate_up)
+    return t.data, t.scale, {"dequantize": 6.0 * rows * cols}
+
+
+def swiglu_quantize(fp8: bool, rows: int, cols: int) -> Fusion:
+    n, (gate_up, scale, first) = rows * cols, _gates(fp8, rows, cols)
+    steps = {**first, "silu": 4.0 * n, "multiply": 6.0 * n, "quantize": 3.0 * n}
+    return Fusion("swiglu_quantize", OPS.swiglu_quantize.default, (gate_up, None, None, False, 0.0, scale), steps)
+
+
+def swiglu_backward_quantize(fp8: bool, grouped: bool, rows: int, cols: int) -> Fusion:
+    """With the weights of rows and the gradient of these."""
+    n, (gate_up, scale, first) = rows * cols, _gates(fp8, rows, cols)
+    groups, spare = _groups(rows, 3 * cols) if grouped else ((None, None), 0)
+    grad, weight = randn(rows, cols).bfloat16(), randn(rows)
+    steps = {
+        **first,
+        "weight": 8.0 * n,  # of the gradient and of the value
+        "silu again": 4.0 * n,
+        "multiply": 6.0 * n,
+        "gradient of weight": 4.0 * n,
+        "gradient of the product": 10.0 * n,
+        "gradient of silu": 6.0 * n,
+        "quantize": 6.0 * n,
+        **{step: 3 * moved for step, moved in _turned(n, grouped).items()},
+    }
+    args = (grad, gate_up, scale, weight, None, *groups, False, 0.0, False)
+    return Fusion("swiglu_backward_quantize", OPS.swiglu_backward_quantize.default, args, steps, unwritten=spare)
 
 
 def _turned(n: int, grouped: bool) -> dict[str, float]:
@@ -206,7 +235,11 @@ FUSIONS: dict[str, Callable[[int, int], Fusion]] = {
     "quantize_grouped_both": functools.partial(quantize_both, True),
     "requantize_transpose": functools.partial(requantize_transpose, False),
     "requantize_transpose, grouped": functools.partial(requantize_transpose, True),
-    "swiglu_quantize": swiglu_quantize,
+    "swiglu_quantize": functools.partial(swiglu_quantize, False),
+    "swiglu_quantize, FP8": functools.partial(swiglu_quantize, True),
+    "swiglu_backward_quantize": functools.partial(swiglu_backward_quantize, False, False),
+    "swiglu_backward_quantize, FP8": functools.partial(swiglu_backward_quantize, True, False),
+    "swiglu_backward_quantize, FP8, grouped": functools.partial(swiglu_backward_quantize, True, True),
     "permute": functools.partial(permute, ""),
     "permute, FP8": functools.partial(permute, "FP8"),
     "permute_quantize": functools.partial(permute, "quantize"),

@@ -1,8 +1,9 @@
 """Counts of what quantisation did to values: how they are kept, and what each of them counts.
 
 A tensor of counters is int64 [LANES, 5], and the counts are the sums of its columns (FIELDS). A program of a kernel
-adds to row ``program % LANES``, one integer atomic a count, so that not all of them meet at one address; sums of
-integers do not depend on their order. With ``p = x * multiplier``, the FP32 product that is rounded to a code:
+adds to row ``program % LANES``, one integer atomic a count for all that it quantises at a time, so that not all of them
+meet at one address; sums of integers do not depend on their order. With ``p = x * multiplier``, the FP32 product that
+is rounded to a code:
 
 ============ ========================================================== ===========================================
 field        elements                                                   so that

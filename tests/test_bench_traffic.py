@@ -24,6 +24,9 @@ EXCESS = {
     "permute, FP8": 1.21,
     "permute_quantize": 1.19,
     "unpermute, FP8": 1.22,
+    "swiglu_backward_quantize": 1.57,
+    "swiglu_backward_quantize, FP8": 1.52,
+    "swiglu_backward_quantize, FP8, grouped": 1.53,
     "route": 1.17,
     "pack_e5m6, per row": 1.5,
 }

@@ -37,6 +37,11 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
       "swiglu_backward_quantize(Tensor grad, Tensor gate_up, Tensor? gate_up_scale=None, Tensor? weight=None, "
       "float? limit=None, Tensor? offsets=None, Tensor(a!)? error=None, bool pow2=False, float eps=0.0, "
       "bool dense_activation=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "swiglu_backward_quantize.counted(Tensor grad, Tensor gate_up, Tensor? gate_up_scale=None, "
+      "Tensor? weight=None, float? limit=None, Tensor? offsets=None, Tensor(a!)? error=None, bool pow2=False, "
+      "float eps=0.0, bool dense_activation=False, *, Tensor(b!) activation_counters, Tensor(c!) counters, "
+      "Tensor(d!) counters_t) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("requantize_transpose(Tensor data, Tensor scale) -> (Tensor, Tensor)");
   library.def("requantize_transpose.counted(Tensor data, Tensor scale, *, Tensor(a!) counters) -> (Tensor, Tensor)");
   library.def(
@@ -102,6 +107,9 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
   library.def(
       "requantize_e5m6(Tensor words, Tensor scale, SymInt cols, bool per_row=False, bool pow2=True) -> "
       "(Tensor, Tensor)");
+  library.def(
+      "requantize_e5m6.counted(Tensor words, Tensor scale, SymInt cols, bool per_row=False, bool pow2=True, *, "
+      "Tensor(a!) counters) -> (Tensor, Tensor)");
   // A step of AdamW, in place. Of a parameter `masters` has none or one, `fp8` none or four: data, scale, both turned.
   library.def(
       "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs, "

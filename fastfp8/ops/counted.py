@@ -47,9 +47,14 @@ def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def check_pair(op: str, counters: object) -> None:
-    """Raise unless ``counters`` is None or a pair; the op itself checks its tensors."""
+def check_each(op: str, counters: object, number: str, count: int) -> None:
+    """Raise unless ``counters`` is None or ``count`` of them, in words ``number``; the op checks the tensors."""
     if counters is not None:
-        check_type(counters, (tuple, list), op, "counters", "a pair, one of each result, or None")
+        check_type(counters, (tuple, list), op, "counters", f"{number}, one of each result, or None")
         assert isinstance(counters, (tuple, list))
-        check_value(len(counters) == 2, op, "counters", "a pair, one of each result", f"{len(counters)}")
+        check_value(len(counters) == count, op, "counters", f"{number}, one of each result", f"{len(counters)}")
+
+
+def check_pair(op: str, counters: object) -> None:
+    """Raise unless ``counters`` is None or a pair."""
+    check_each(op, counters, "a pair", 2)

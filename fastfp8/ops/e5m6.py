@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..counters import check_counters
 from ..errors import ArgumentTypeError, check_dtype, check_tensor, check_type, message, value_error
 from ..layout import BLOCK, empty_scale, has_scale_layout, scale_layout_name, scale_shape
 from ..packed_e5m6 import PackedE5M6, check_packed, group_of, words_shape
@@ -12,6 +13,7 @@ from ..reference.e5m6 import pack_e5m6 as reference_pack_e5m6
 from ..reference.e5m6 import requantize_e5m6 as reference_requantize_e5m6
 from ..reference.e5m6 import unpack_e5m6 as reference_unpack_e5m6
 from ..scaled_tensor import ScaledTensor
+from .counted import register
 from .quantize import INPUT_DTYPES, check_eps, check_options
 
 OUTPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -69,7 +71,7 @@ def unpack_e5m6(packed: PackedE5M6, dtype: torch.dtype = torch.bfloat16) -> Tens
     return out
 
 
-def requantize_e5m6(packed: PackedE5M6, *, pow2: bool = True) -> ScaledTensor:
+def requantize_e5m6(packed: PackedE5M6, *, pow2: bool = True, counters: Tensor | None = None) -> ScaledTensor:
     """``quantize(unpack_e5m6(packed, float32), (128, 1), pow2=pow2)`` in one pass: the re-tiling for Wgrad in backward.
 
     DeepSeek-V3 report, section 3.3.3. Bit for bit that composition: see :func:`fastfp8.quantize`.
@@ -77,17 +79,25 @@ def requantize_e5m6(packed: PackedE5M6, *, pow2: bool = True) -> ScaledTensor:
     Args:
         packed: a PackedE5M6 [R, C].
         pow2: round the scales of the result up to powers of two.
+        counters: as of :func:`fastfp8.quantize`.
 
     Returns:
         ScaledTensor [R, C] in (128, 1) blocks.
 
     Raises:
-        TypeError: ``packed`` is no PackedE5M6, or ``pow2`` no bool.
+        TypeError: ``packed`` is no PackedE5M6, ``pow2`` no bool, or ``counters`` no int64 tensor.
+        ValueError: ``counters`` have another shape, stride or device.
     """
     op = "requantize_e5m6"
     _check_is_packed(op, packed)
     check_type(pow2, bool, op, "pow2", "a bool")
-    data, scale = torch.ops.fastfp8.requantize_e5m6(packed.words, packed.scale, packed.shape[1], packed.per_row, pow2)
+    if not torch.compiler.is_compiling():  # there the fake implementation checks
+        check_counters(op, counters, packed.words, "packed")
+    arguments = (packed.words, packed.scale, packed.shape[1], packed.per_row, pow2)
+    if counters is None:
+        data, scale = torch.ops.fastfp8.requantize_e5m6.default(*arguments)
+    else:
+        data, scale = torch.ops.fastfp8.requantize_e5m6.counted(*arguments, counters=counters)
     return ScaledTensor._trusted(data, scale, (BLOCK, 1))
 
 
@@ -105,6 +115,11 @@ def _check_words(op: str, words: Tensor, scale: Tensor, cols: int, per_row: bool
     check_packed(op, words, scale, cols, per_row)
     if not has_scale_layout(scale, (1, BLOCK)):
         raise value_error(op, "scale", scale_layout_name((1, BLOCK)), f"stride {tuple(scale.stride())}")
+
+
+def _check_requantize(words: Tensor, scale: Tensor, cols: int, per_row: bool, counters: Tensor | None) -> None:
+    _check_words("requantize_e5m6", words, scale, cols, per_row)
+    check_counters("requantize_e5m6", counters, words, "words")
 
 
 @torch.library.impl("fastfp8::pack_e5m6", "CPU")
@@ -162,30 +177,48 @@ def _unpack_fake(
     return words.new_empty((words.shape[0], cols), dtype=dtype)
 
 
-@torch.library.impl("fastfp8::requantize_e5m6", "CPU")
+@register("requantize_e5m6", "CPU")
 @torch.no_grad()
 def _requantize_cpu(
-    words: Tensor, scale: Tensor, cols: int, per_row: bool = False, pow2: bool = True
+    words: Tensor,
+    scale: Tensor,
+    cols: int,
+    per_row: bool = False,
+    pow2: bool = True,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_words("requantize_e5m6", words, scale, cols, per_row)
-    return reference_requantize_e5m6(words, scale, cols, per_row, pow2)
+    _check_requantize(words, scale, cols, per_row, counters)
+    return reference_requantize_e5m6(words, scale, cols, per_row, pow2, counters)
 
 
-@torch.library.impl("fastfp8::requantize_e5m6", "CUDA")
+@register("requantize_e5m6", "CUDA")
 @torch.no_grad()
 def _requantize_cuda(
-    words: Tensor, scale: Tensor, cols: int, per_row: bool = False, pow2: bool = True
+    words: Tensor,
+    scale: Tensor,
+    cols: int,
+    per_row: bool = False,
+    pow2: bool = True,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from ..triton_kernels.e5m6 import requantize_e5m6 as triton_requantize_e5m6
 
-    _check_words("requantize_e5m6", words, scale, cols, per_row)
-    return triton_requantize_e5m6(words, scale, cols, per_row, pow2)
+    _check_requantize(words, scale, cols, per_row, counters)
+    return triton_requantize_e5m6(words, scale, cols, per_row, pow2, counters)
 
 
-@torch.library.register_fake("fastfp8::requantize_e5m6")
+@register("requantize_e5m6", "fake")
 def _requantize_fake(
-    words: Tensor, scale: Tensor, cols: int, per_row: bool = False, pow2: bool = True
+    words: Tensor,
+    scale: Tensor,
+    cols: int,
+    per_row: bool = False,
+    pow2: bool = True,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_words("requantize_e5m6", words, scale, cols, per_row)
+    _check_requantize(words, scale, cols, per_row, counters)
     data = words.new_empty((words.shape[0], cols), dtype=torch.float8_e4m3fn)
     return data, empty_scale(words, scale_shape(words.shape[0], cols, (BLOCK, 1)), (BLOCK, 1))

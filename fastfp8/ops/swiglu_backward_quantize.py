@@ -7,16 +7,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..counters import check_counters
 from ..errors import check_device, check_tensor, check_type, value_error
 from ..layout import BLOCK, empty_scale, empty_transposed, grouped_tokens, pad16, scale_shape
 from ..reference.swiglu_backward_quantize import swiglu_backward_quantize as reference_swiglu_backward_quantize
 from ..scaled_tensor import ScaledTensor
+from .counted import check_each, register
 from .grouped_gemm import check_error, word_for
 from .quantize import INPUT_DTYPES
 from .quantize_both import check_offsets, transposed_tensor
 from .swiglu_quantize import ROW_BLOCK, check_gate_up, check_options, check_swiglu, parts_of
 
 _OP = "swiglu_backward_quantize"
+_COUNTERS = ("activation_counters", "counters", "counters_t")
 
 
 class SwiGluGradients(NamedTuple):
@@ -45,6 +48,7 @@ def swiglu_backward_quantize(
     eps: float = 0.0,
     pad: bool = False,
     dense_activation: bool = False,
+    counters: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> SwiGluGradients:
     """The gradients of ``h = silu(gate) * up * weight`` and ``h`` itself, quantised for all of their GEMMs in one pass.
 
@@ -74,6 +78,8 @@ def swiglu_backward_quantize(
         pad: as of :func:`fastfp8.quantize_both`: without ``offsets``, whether what is transposed has zeros up to the
             next multiple of 16 tokens.
         dense_activation: return the activation as bfloat16 [M, F], rounded once, instead of quantised and transposed.
+        counters: as of :func:`fastfp8.quantize`, of ``activation``, ``gate_up`` and ``gate_up_t``, or None. A dense
+            activation is not counted, and of groups only their rows are.
 
     Returns:
         SwiGluGradients. Of rows from ``offsets[-1]`` on nothing takes part and nothing is written: what they, and what
@@ -91,10 +97,15 @@ def swiglu_backward_quantize(
             check_type(value, bool, _OP, name, "a bool")
         if offsets is not None:
             check_tensor(offsets, _OP, "offsets", (torch.int32,), dim=1)
-        _check(grad, values, values_scale, weight, limit, offsets, None, eps)
+        check_each(_OP, counters, "three tensors", 3)
+        _check(grad, values, values_scale, weight, limit, offsets, None, eps, *(counters or ()))
     # Without offsets nothing reports, but torch.compile wants the word (fastfp8/error_word.py).
     operands = (grad, values, values_scale, weight, limit, offsets, word_for(grad))
-    found = torch.ops.fastfp8.swiglu_backward_quantize(*operands, pow2, eps, dense_activation)
+    op, options = torch.ops.fastfp8.swiglu_backward_quantize, (pow2, eps, dense_activation)
+    if counters is None:
+        found = op.default(*operands, *options)
+    else:
+        found = op.counted(*operands, *options, **dict(zip(_COUNTERS, counters, strict=True)))
     activation, activation_scale, data, scale, data_t, scale_t, grad_weight, ends_t = found
     tokens = None if pad or offsets is not None else grad.shape[0]
     return SwiGluGradients(
@@ -115,6 +126,7 @@ def _check(
     offsets: Tensor | None,
     error: Tensor | None,
     eps: float,
+    *counters: Tensor | None,
 ) -> None:
     check_tensor(grad, _OP, "grad", INPUT_DTYPES)
     rows, f = grad.shape
@@ -130,9 +142,11 @@ def _check(
         check_error(_OP, error, grad, "grad")
     else:
         check_offsets(_OP, offsets, error, grad, "grad")
+    for name, counts in zip(_COUNTERS, counters, strict=False):
+        check_counters(_OP, counts, grad, "grad", name)
 
 
-@torch.library.impl("fastfp8::swiglu_backward_quantize", "CPU")
+@register(_OP, "CPU")
 @torch.no_grad()
 def _cpu(
     grad: Tensor,
@@ -145,13 +159,18 @@ def _cpu(
     pow2: bool = False,
     eps: float = 0.0,
     dense_activation: bool = False,
+    *,
+    activation_counters: Tensor | None = None,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check(grad, gate_up, gate_up_scale, weight, limit, offsets, error, eps)
+    counted = (activation_counters, counters, counters_t)
+    _check(grad, gate_up, gate_up_scale, weight, limit, offsets, error, eps, *counted)
     operands = (grad, gate_up, gate_up_scale, weight, limit, offsets)
-    return reference_swiglu_backward_quantize(*operands, pow2, eps, dense_activation)
+    return reference_swiglu_backward_quantize(*operands, pow2, eps, dense_activation, *counted)
 
 
-@torch.library.impl("fastfp8::swiglu_backward_quantize", "CUDA")
+@register(_OP, "CUDA")
 @torch.no_grad()
 def _cuda(
     grad: Tensor,
@@ -164,15 +183,20 @@ def _cuda(
     pow2: bool = False,
     eps: float = 0.0,
     dense_activation: bool = False,
+    *,
+    activation_counters: Tensor | None = None,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     from ..triton_kernels import swiglu_backward_quantize as kernels
 
-    _check(grad, gate_up, gate_up_scale, weight, limit, offsets, error, eps)
+    counted = (activation_counters, counters, counters_t)
+    _check(grad, gate_up, gate_up_scale, weight, limit, offsets, error, eps, *counted)
     operands = (grad, gate_up, gate_up_scale, weight, limit, offsets, error)
-    return kernels.swiglu_backward_quantize(*operands, pow2, eps, dense_activation)
+    return kernels.swiglu_backward_quantize(*operands, pow2, eps, dense_activation, *counted)
 
 
-@torch.library.register_fake("fastfp8::swiglu_backward_quantize")
+@register(_OP, "fake")
 def _fake(
     grad: Tensor,
     gate_up: Tensor,
@@ -184,8 +208,13 @@ def _fake(
     pow2: bool = False,
     eps: float = 0.0,
     dense_activation: bool = False,
+    *,
+    activation_counters: Tensor | None = None,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check(grad, gate_up, gate_up_scale, weight, limit, offsets, error, eps)
+    counted = (activation_counters, counters, counters_t)
+    _check(grad, gate_up, gate_up_scale, weight, limit, offsets, error, eps, *counted)
     rows, f = grad.shape
     tokens = pad16(rows) if offsets is None else grouped_tokens(rows, offsets.shape[0])
     if dense_activation:

@@ -78,6 +78,9 @@ def unpack_e5m6(words: Tensor, scale: Tensor, cols: int, per_row: bool, dtype: t
     return (values * factors).to(dtype)
 
 
-def requantize_e5m6(words: Tensor, scale: Tensor, cols: int, per_row: bool, pow2: bool) -> tuple[Tensor, Tensor]:
+def requantize_e5m6(
+    words: Tensor, scale: Tensor, cols: int, per_row: bool, pow2: bool, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.requantize_e5m6`; arguments are checked already."""
-    return quantize(unpack_e5m6(words, scale, cols, per_row, torch.float32), (BLOCK, 1), pow2, 0.0)
+    values = unpack_e5m6(words, scale, cols, per_row, torch.float32)
+    return quantize(values, (BLOCK, 1), pow2, 0.0, counters=counters)

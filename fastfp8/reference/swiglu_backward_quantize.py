@@ -49,20 +49,23 @@ def swiglu_backward_quantize(
     pow2: bool,
     eps: float,
     dense_activation: bool,
+    activation_counters: Tensor | None = None,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """See :func:`fastfp8.swiglu_backward_quantize`; arguments are checked already, but not what ``offsets`` has."""
     value, grad_gate_up, grad_weight = _gradients(grad, gate_up, gate_up_scale, weight, limit)
 
-    def turned(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def turned(x: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         if offsets is not None:
-            return grouped_transposed(_OP, x, offsets, pow2, eps)
-        return *transposed(x, pow2, eps), torch.empty(0, dtype=torch.int32)
+            return grouped_transposed(_OP, x, offsets, pow2, eps, counts)
+        return *transposed(x, pow2, eps, counts), torch.empty(0, dtype=torch.int32)
 
-    *both_t, ends_t = turned(grad_gate_up)
-    activation = (value.bfloat16(), torch.empty(0)) if dense_activation else turned(value)[:2]
+    *both_t, ends_t = turned(grad_gate_up, counters_t)
+    activation = (value.bfloat16(), torch.empty(0)) if dense_activation else turned(value, activation_counters)[:2]
     taken = grad.shape[0] if offsets is None else int(offsets[-1])
     data = torch.empty(grad_gate_up.shape, dtype=torch.float8_e4m3fn)
     scale = empty_scale(data, scale_shape_of(data.shape, _BLOCK), _BLOCK)
     if taken and data.numel():
-        quantize_matrix(grad_gate_up[:taken], data[:taken], scale[:taken], _BLOCK, pow2, eps)
+        quantize_matrix(grad_gate_up[:taken], data[:taken], scale[:taken], _BLOCK, pow2, eps, counters=counters)
     return *activation, data, scale, *both_t, torch.empty(0) if weight is None else grad_weight, ends_t

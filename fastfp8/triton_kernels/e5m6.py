@@ -15,6 +15,7 @@ from ..packed_e5m6 import group_of, words_shape
 from ..reference.e5m6 import E5M6_MAX
 from ..reference.quantize import AMAX_FLOOR
 from . import TILES, require_fp8
+from .counters import count
 from .quantize import FP16_CAPABILITY, finite_magnitude, scale_and_multiplier, to_e4m3
 
 # Rows of a tile of 128 columns, where each 128 of them or each row has its scale. Untuned.
@@ -164,6 +165,7 @@ def requantize_e5m6_kernel(
     scale,
     data,
     data_scale,
+    counters,
     rows,
     cols,
     words_cols,
@@ -188,8 +190,9 @@ def requantize_e5m6_kernel(
     col = start + tl.arange(0, COLS)[None, :]
     amax = tl.max(finite_magnitude(values), 0, keep_dims=True)
     block_scale, multiplier = scale_and_multiplier(amax, floor, POW2)
-    codes = to_e4m3(values * multiplier, STICKY)
-    tl.store(data + row * cols + col, codes, mask=(row < rows) & (col < cols))
+    codes, inside = to_e4m3(values * multiplier, STICKY), (row < rows) & (col < cols)
+    tl.store(data + row * cols + col, codes, mask=inside)
+    count(counters, values, multiplier, inside)
     tl.store(data_scale + block * data_scale_pitch + col, block_scale, mask=col < cols)
 
 
@@ -247,7 +250,9 @@ def unpack_e5m6(words: Tensor, scale: Tensor, cols: int, per_row: bool, dtype: t
     return out
 
 
-def requantize_e5m6(words: Tensor, scale: Tensor, cols: int, per_row: bool, pow2: bool) -> tuple[Tensor, Tensor]:
+def requantize_e5m6(
+    words: Tensor, scale: Tensor, cols: int, per_row: bool, pow2: bool, counters: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.requantize_e5m6`; arguments are checked already."""
     capability = require_fp8("requantize_e5m6", words.device)
     rows = words.shape[0]
@@ -262,6 +267,7 @@ def requantize_e5m6(words: Tensor, scale: Tensor, cols: int, per_row: bool, pow2
             scale,
             data,
             data_scale,
+            counters,
             rows,
             cols,
             words.shape[1],

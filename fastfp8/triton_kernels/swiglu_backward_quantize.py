@@ -3,7 +3,9 @@
 A program has 128 tokens by 128 features of gate, of up and of the gradient. FP32 values of all results are more than
 there are registers, so it goes over the tile twice, some tokens at a time: what is quantised by row is written the
 first time, which also finds the amax of each column, and what is transposed the second time. A tile is 64 KiB with FP8
-gates, else 96 KiB: that the second time finds it in the multiprocessor's L1 cache is meant and not measured. What a row
+gates, else 96 KiB: that the second time finds it in the multiprocessor's L1 cache is meant and not measured. Kept in
+registers instead, inputs would be read once, but then nothing is a loop: for sm_90 that is 240 KB of code, three times
+as much and more than a tile, with 251 registers a thread for BF16 gates and 240 bytes of stack for FP8 ones. What a row
 adds to the gradient of its weight is one number a tile, which a second kernel sums in ascending order: no atomic adds.
 """
 
@@ -21,6 +23,7 @@ from ..layout import BLOCK, Block, ceil_div, empty_scale, empty_transposed, grou
 from ..reference.quantize import AMAX_FLOOR
 from . import require_fp8
 from .activation import swiglu_backward
+from .counters import count
 from .pairwise import pairwise_sum
 from .quantize import FP16_CAPABILITY, finite_magnitude, scale_and_multiplier, to_e4m3
 from .quantize_both import grid, store_turned, tokens_of_tile
@@ -71,11 +74,12 @@ def load_and_derive(
 
 
 @triton.jit
-def store_rows(values, data, scale, row, end, col, cols, k_block, scale_pitch, floor, POW2, STICKY):
+def store_rows(values, data, scale, counters, row, end, col, cols, k_block, scale_pitch, floor, POW2, STICKY):
     """Quantise by row; the columns are block ``k_block``."""
     block_scale, multiplier = scale_and_multiplier(tl.max(finite_magnitude(values), 1, keep_dims=True), floor, POW2)
     tl.store(data + row * cols + col, to_e4m3(values * multiplier, STICKY), mask=row < end)
     tl.store(scale + row + k_block * scale_pitch, block_scale, mask=row < end)
+    count(counters, values, multiplier, (row < end) & (col < cols))
 
 
 @triton.jit
@@ -102,6 +106,9 @@ def swiglu_backward_quantize_kernel(
     offsets,
     error,
     ends_t,
+    activation_counters,
+    counters,
+    counters_t,
     T,
     cols,
     groups,
@@ -131,7 +138,11 @@ def swiglu_backward_quantize_kernel(
     if (first >= end) | (k_block * TILE >= cols):
         return
     first_col, both = k_block * TILE + tl.arange(0, 1)[None, :], 2 * cols.to(tl.int64)
-    col, lane = first_col + tl.arange(0, TILE)[None, :], tl.arange(0, CHUNK)
+    # 16 bytes of the widest elements a thread, see tile_indices.
+    GRAD: tl.constexpr = grad.dtype.element_ty.primitive_bitwidth
+    VECTOR: tl.constexpr = 128 // max(GRAD, gate_up.dtype.element_ty.primitive_bitwidth)
+    col = tl.max_contiguous(k_block * TILE + tl.arange(0, TILE), VECTOR)[None, :]
+    lane = tl.arange(0, CHUNK)
     col_up, up_block = col + cols, k_block + cols // TILE
     of_value = tl.zeros([CHUNK, TILE], tl.float32)
     of_gate, of_up = of_value, of_value
@@ -163,8 +174,8 @@ def swiglu_backward_quantize_kernel(
             tl.store(activation + row * cols + col, value.to(activation.dtype.element_ty), mask=row < end)
         else:
             of_value = tl.maximum(of_value, finite_magnitude(value))
-        store_rows(grad_gate, data, scale, row, end, col, both, k_block, scale_pitch, floor, POW2, STICKY)
-        store_rows(grad_up, data, scale, row, end, col_up, both, up_block, scale_pitch, floor, POW2, STICKY)
+        store_rows(grad_gate, data, scale, counters, row, end, col, both, k_block, scale_pitch, floor, POW2, STICKY)
+        store_rows(grad_up, data, scale, counters, row, end, col_up, both, up_block, scale_pitch, floor, POW2, STICKY)
         of_gate = tl.maximum(of_gate, finite_magnitude(grad_gate))
         of_up = tl.maximum(of_up, finite_magnitude(grad_up))
 
@@ -173,12 +184,14 @@ def swiglu_backward_quantize_kernel(
     for_gate = store_column_scales(of_gate, scale_t, col, tile, scale_t_pitch, floor, POW2)
     for_up = store_column_scales(of_up, scale_t, col_up, tile, scale_t_pitch, floor, POW2)
     for part in range(0, TILE, CHUNK):
+        row = (first + part + lane)[:, None]
+        inside = (row < end) & (col < cols)
         value, _, grad_gate, grad_up = load_and_derive(
             grad,
             gate_up,
             gate_up_scale,
             weight,
-            (first + part + lane)[:, None],
+            row,
             end,
             col,
             first_col,
@@ -195,8 +208,11 @@ def swiglu_backward_quantize_kernel(
         token = (tile.to(tl.int64) * TILE + part + lane)[None, :]
         if activation_scale is not None:
             store_turned(value * for_value, activation, token, col, cols, pitch_t, STICKY)
+            count(activation_counters, value, for_value, inside)
         store_turned(grad_gate * for_gate, data_t, token, col, both, pitch_t, STICKY)
         store_turned(grad_up * for_up, data_t, token, col_up, both, pitch_t, STICKY)
+        count(counters_t, grad_gate, for_gate, inside)
+        count(counters_t, grad_up, for_up, inside)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -228,6 +244,9 @@ def swiglu_backward_quantize(
     pow2: bool,
     eps: float,
     dense_activation: bool,
+    activation_counters: Tensor | None = None,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """See :func:`fastfp8.swiglu_backward_quantize`; arguments are checked already."""
     capability, device = require_fp8(_OP, grad.device), grad.device
@@ -265,6 +284,9 @@ def swiglu_backward_quantize(
                 offsets,
                 error,
                 ends_t,
+                activation_counters,
+                counters,
+                counters_t,
                 tokens,
                 features,
                 groups,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ import fastfp8
 from fastfp8.counters import LANES, new_counters
 from fastfp8.layout import BLOCKS
 from fastfp8.numerics import Counts, totals
-from fastfp8.reference.activation import swiglu
+from fastfp8.reference.activation import swiglu, swiglu_backward
 
 OPS = torch.ops.fastfp8
 NAMES = ("reference", "triton_interpreter", "emulator", "cuda")
@@ -32,15 +32,19 @@ SIZES = (0, 5, 120)  # of groups, so that some rows belong to none
 class Case(NamedTuple):
     """``x`` makes of the arguments the values [R, C] that are quantised, ``codes`` of the results the code of each.
 
-    There are as many functions ``codes`` as counters.
+    There are as many functions ``codes`` as counters, and ``x`` makes one for all of them or a tuple.
     """
 
     op: Any
     args: tuple[Any, ...]
     module: str
     host: str
-    x: Callable[..., Tensor]
+    x: Callable[..., Tensor | tuple[Tensor, ...]]
     codes: tuple[Callable[[tuple[Tensor, ...]], Tensor], ...]
+    names: tuple[str, ...] = ("counters", "counters_t")
+
+    def named(self, counters: Iterable[Any]) -> dict[str, Any]:
+        return dict(zip(self.names, counters, strict=False))
 
 
 def values(rows: int = ROWS, cols: int = COLS) -> Tensor:
@@ -104,7 +108,49 @@ def cases() -> dict[str, Case]:
         lambda x, *_: x,
         (lambda out: out[0][where[:, 0].long()],),
     )
-    return found
+    packed = fastfp8.pack_e5m6(x)
+    found["requantize_e5m6"] = Case(
+        OPS.requantize_e5m6.counted,
+        (packed.words, packed.scale, COLS, False, False),
+        "e5m6",
+        "requantize_e5m6",
+        lambda *_: fastfp8.unpack_e5m6(packed, torch.float32),
+        (first,),
+    )
+    return found | backward_cases()
+
+
+def backward_cases() -> dict[str, Case]:
+    """Of swiglu_backward_quantize, FP8 gates and groups in one and neither in the other."""
+    grad, gate_up, ends, taken = values(ROWS, 128).roll(64, 1), values(ROWS, 256), ends_of(SIZES), sum(SIZES)
+    gate_up[20:40, ::7], gate_up[40:, 3] = 3.0, -60.0
+    t = fastfp8.quantize(gate_up)
+
+    def x(rows: int, both: Tensor, limit: float | None = None) -> tuple[Tensor, ...]:
+        found = swiglu_backward(grad[:rows], both[:rows, :128], both[:rows, 128:], None, limit)
+        gradient = torch.cat([found.grad_gate, found.grad_up], 1)
+        return found.value, gradient, gradient
+
+    op, host = OPS.swiglu_backward_quantize.counted, ("swiglu_backward_quantize",) * 2
+    names = ("activation_counters", "counters", "counters_t")
+    return {
+        "swiglu_backward_quantize": Case(
+            op,
+            (grad, gate_up, None, None, None, None, None, True, 0.0, False),
+            *host,
+            lambda *_: x(ROWS, gate_up),
+            (lambda out: out[0][:, :ROWS].t(), lambda out: out[2], lambda out: out[4][:, :ROWS].t()),
+            names,
+        ),
+        "swiglu_backward_quantize, grouped": Case(
+            op,
+            (grad, t.data, t.scale, None, 7.0, ends, None, False, 0.0, False),
+            *host,
+            lambda *_: x(taken, t.dequantize(torch.float32), 7.0),
+            (lambda out: _of_groups(out[0]), lambda out: out[2][:taken], lambda out: _of_groups(out[4])),
+            names,
+        ),
+    }
 
 
 def _of_groups(data_t: Tensor) -> Tensor:
@@ -131,20 +177,20 @@ def expected(x: Tensor, codes: Tensor) -> Counts:
 def run(name: str, case: Case, args: tuple[Any, ...], counters: list[Tensor]) -> tuple[Tensor, ...]:
     b = backend(name)
     if isinstance(b, Reference):
-        return case.op(*args, **dict(zip(("counters", "counters_t"), counters, strict=False)))
+        return case.op(*args, **case.named(counters))
     if not isinstance(b, (TritonInterpreter, Emulator)):
         device = [on_gpu(c) for c in counters]
         moved = (on_gpu(arg) if isinstance(arg, Tensor) else arg for arg in args)
-        out = case.op(*moved, **dict(zip(("counters", "counters_t"), device, strict=False)))
+        out = case.op(*moved, **case.named(device))
         for c, counted in zip(counters, device, strict=True):
             c.copy_(counted)
         return tuple(t.cpu() for t in out)
     module = __import__(f"fastfp8.triton_kernels.{case.module}", fromlist=[""])
     args = tuple(aligned(arg) if isinstance(arg, Tensor) else arg for arg in args)
-    given = dict(zip(("counters", "counters_t"), counters, strict=False))
-    host = functools.partial(getattr(module, case.host), *args, **given)
+    host = functools.partial(getattr(module, case.host), *args, **case.named(counters))
     if isinstance(b, Emulator):
-        return b._run_triton(module, f"{case.module}_kernel", host)
+        kernel = case.host if case.module == "e5m6" else case.module
+        return b._run_triton(module, f"{kernel}_kernel", host)
     with b._interpreted():
         return host()
 
@@ -171,11 +217,12 @@ def test_counts(name: str, op: str) -> None:
     for c in counters:
         c[LANES - 1] = 1000
     out = run(name, case, case.args, counters)
-    for c, codes in zip(counters, case.codes, strict=True):
+    x = case.x(*case.args)
+    for c, codes, of in zip(counters, case.codes, x if isinstance(x, tuple) else [x] * len(counters), strict=True):
         counted = Counts(*(n - 1000 for n in totals(c)))
-        assert counted == expected(case.x(*case.args), codes(out))
-        # Every kind occurs, but that FP8 has no infinity.
-        assert min(counted if "requantize" not in op else counted._replace(saturated=1)) > 0
+        assert counted == expected(of, codes(out))
+        # Every kind occurs, but that of FP8 nothing is infinite.
+        assert min(counted if of.isinf().any() else counted._replace(saturated=1)) > 0
 
 
 SMALL = torch.arange(-8 * 128.0, 8 * 128.0).view(8, 256).bfloat16()
@@ -184,16 +231,18 @@ SMALL = torch.arange(-8 * 128.0, 8 * 128.0).view(8, 256).bfloat16()
 @pytest.mark.parametrize("op", CASES)
 def test_opcheck(op: str) -> None:
     """In small, with rows of groups only: the others' codes are undefined."""
-    case, t = CASES[op], fastfp8.quantize(SMALL)
+    case, t, packed = CASES[op], fastfp8.quantize(SMALL), fastfp8.pack_e5m6(SMALL)
     small: dict[str, tuple[Any, ...]] = {
         "quantize_grouped_both": (SMALL, ends_of((3, 5)), None),
         "requantize_transpose": (t.data, t.scale),
         "requantize_transpose, grouped": (t.data, t.scale, ends_of((3, 5)), None),
         "swiglu_quantize": (SMALL, torch.ones(8)),
         "permute_quantize": (SMALL, torch.arange(8, dtype=torch.int32)[:, None]),
+        "requantize_e5m6": (packed.words, packed.scale, 256),
+        "swiglu_backward_quantize": (SMALL[:, :128], SMALL),
+        "swiglu_backward_quantize, grouped": (SMALL[:, :128], t.data, t.scale, None, None, ends_of((3, 5))),
     }
-    counters = dict(zip(("counters", "counters_t"), (new_counters("cpu") for _ in case.codes), strict=False))
-    opcheck(case.op, small.get(op, (SMALL,)), counters)
+    opcheck(case.op, small.get(op, (SMALL,)), case.named(new_counters("cpu") for _ in case.codes))
 
 
 def test_counting_changes_the_version_and_no_bit() -> None:
@@ -220,7 +269,7 @@ def test_counting_changes_the_version_and_no_bit() -> None:
 )
 def test_bad_counters(op: str, bad: Any, error: type[Exception], words: str) -> None:
     """Through the public functions."""
-    t = fastfp8.quantize(SMALL)
+    t, grad = fastfp8.quantize(SMALL), SMALL[:, :128]
     calls: dict[str, Callable[[], object]] = {
         "quantize_both": lambda: fastfp8.quantize_both(SMALL, counters=(new_counters("cpu"), bad)),
         "quantize_grouped_both": lambda: fastfp8.quantize_grouped_both(
@@ -230,8 +279,15 @@ def test_bad_counters(op: str, bad: Any, error: type[Exception], words: str) -> 
         "requantize_transpose, grouped": lambda: fastfp8.requantize_transpose(t, ends_of((8,)), counters=bad),
         "swiglu_quantize": lambda: fastfp8.swiglu_quantize(SMALL, counters=bad),
         "permute_quantize": lambda: fastfp8.permute_quantize(SMALL, torch.zeros(8, 1).long(), 1, counters=bad),
+        "requantize_e5m6": lambda: fastfp8.requantize_e5m6(fastfp8.pack_e5m6(SMALL), counters=bad),
+        "swiglu_backward_quantize": lambda: fastfp8.swiglu_backward_quantize(
+            grad, SMALL, counters=(bad, new_counters("cpu"), new_counters("cpu"))
+        ),
+        "swiglu_backward_quantize, grouped": lambda: fastfp8.swiglu_backward_quantize(
+            grad, t, offsets=ends_of((8,)), counters=(new_counters("cpu"), new_counters("cpu"), bad)
+        ),
     }
-    with pytest.raises(error, match=r"argument 'counters(_t)?': expected .*") as raised:
+    with pytest.raises(error, match=r"argument '(activation_)?counters(_t)?': expected .*") as raised:
         calls.get(op, lambda: fastfp8.quantize(SMALL, counters=bad))()
     assert words in str(raised.value)
 
@@ -241,3 +297,15 @@ def test_of_two_results_counters_are_a_pair(bad: Any, words: str) -> None:
     for call in (fastfp8.quantize_both, functools.partial(fastfp8.quantize_grouped_both, offsets=ends_of((8,)))):
         with pytest.raises((TypeError, ValueError), match=f"argument 'counters': expected a pair.*{words}"):
             call(SMALL, counters=bad)
+
+
+def test_of_three_results_counters_are_three() -> None:
+    bad, words = (new_counters("cpu"),) * 2, "argument 'counters': expected three tensors, one of each result, got 2"
+    with pytest.raises(ValueError, match=words):
+        fastfp8.swiglu_backward_quantize(SMALL[:, :128], SMALL, counters=bad)
+
+
+def test_a_dense_activation_is_not_counted() -> None:
+    counters = tuple(new_counters("cpu") for _ in range(3))
+    fastfp8.swiglu_backward_quantize(SMALL[:, :128], SMALL, dense_activation=True, counters=counters)
+    assert [totals(c).values for c in counters] == [0, SMALL.numel(), SMALL.numel()]

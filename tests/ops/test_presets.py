@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from backends import Emulator, assert_same_bits, backend, backend_params, from_numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_quantize import DTYPES, as_tensor, make
 
 import fastfp8
@@ -167,6 +169,39 @@ def test_as_compiled_for_hopper(name: str, preset: Preset) -> None:
     x[:3] = torch.tensor([0.0, math.inf, math.nan])[:, None]
     for pow2 in modes(preset):
         check(Emulator(seed=turn), preset, x, BLOCKS[turn % 3], pow2)
+
+
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+VALUES = st.one_of(FINITE, FINITE, st.sampled_from([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, 3.4e38, 448.0]))
+
+
+def repeated(values: list[float], shape: tuple[int, int]) -> np.ndarray:
+    return np.resize(np.array(values, F32), shape)
+
+
+SHAPES = st.tuples(st.integers(0, 140), st.integers(0, 140))
+FEW = st.builds(repeated, st.lists(VALUES, min_size=1, max_size=12), SHAPES)
+# Halfway between two codes once 448 k is divided by k: where the operations of a preset decide.
+TIES = [448.0, *(sign * tie * 2.0**e for sign in (1, -1) for tie in range(17, 32, 2) for e in range(-4, 4))]
+TIED = st.builds(lambda k, shape: repeated([k * tie for tie in TIES], shape), st.integers(1, 4000), SHAPES)
+MANY = st.builds(make, st.sampled_from(KINDS), SHAPES, st.integers(0, 1 << 30))
+
+
+@every_preset
+def test_any_input(preset: Preset) -> None:
+    """A few values drawn at will, what lies between two codes, or many by chance."""
+
+    @settings(max_examples=40, deadline=None, derandomize=True)
+    @given(
+        st.one_of(FEW, TIED, MANY),
+        st.sampled_from(list(DTYPES)),
+        st.sampled_from(BLOCKS),
+        st.sampled_from(modes(preset)),
+    )
+    def run(x: np.ndarray, dtype: torch.dtype, block: tuple[int, int], pow2: bool) -> None:
+        check(backend("reference"), preset, as_tensor(x, dtype), block, pow2)
+
+    run()
 
 
 def test_they_differ() -> None:
