@@ -72,6 +72,33 @@ def derived(grad: Tensor, gate_up: Tensor, scale: Tensor | None, weight: Tensor,
     return *turned_value, *plain(gradient, ROW), *plain(gradient.t(), ROW), (grad.float() * silu * up).sum(1)
 
 
+def added(data: Tensor, scale: Tensor, block: Block, dtype: torch.dtype, residual: Tensor) -> Tensor:
+    return (widened(data, scale, block) + residual.float()).to(dtype)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    given = x if residual is None else (x.float() + residual.float()).to(residual.dtype)
+    values = given.float()
+    rstd = torch.rsqrt(values.square().mean(1) + eps)
+    found = *plain(values * rstd[:, None] * weight.float(), ROW), rstd
+    return found if residual is None else (*found, given)
+
+
+def normed_again(x: Tensor, weight: Tensor, rstd: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return plain((x.float() * rstd[:, None] * weight.float()).t(), ROW)
+
+
+def norm_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    g, of_rows = grad.float(), rstd[:, None]
+    values, weighted = x.float() * of_rows, g * weight.float()
+    dx = (weighted - values * (weighted * values).mean(1, keepdim=True)) * of_rows
+    if residual_grad is not None:
+        dx = dx + residual_grad.float()
+    return dx.to(x.dtype), (g * values).sum(0)
+
+
 def gathered(y: Tensor, _: None, rows: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
     return (y[rows].float() * weights[:, :, None]).sum(1).to(dtype)
 
@@ -115,7 +142,11 @@ PLAIN: dict[str, Callable[..., Any]] = {
         ("dequantize 1x128", "dequantize 128x1", "dequantize 128x128"),
         lambda data, scale, block, dtype: widened(data, scale, block).to(dtype),
     ),
+    "dequantize, add": added,
     "quantize_both": both,
+    **dict.fromkeys(("rmsnorm_quantize", "rmsnorm_quantize, residual"), normed),
+    "rmsnorm_quantize_transpose": normed_again,
+    **dict.fromkeys(("rmsnorm_backward", "rmsnorm_backward, residual"), norm_gradients),
     "requantize_transpose": turned,
     **dict.fromkeys(("swiglu_quantize", "swiglu_quantize, FP8"), activated),
     **dict.fromkeys(("swiglu_backward_quantize", "swiglu_backward_quantize, FP8"), derived),

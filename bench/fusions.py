@@ -22,6 +22,8 @@ OPS = torch.ops.fastfp8
 TOP_K, EXPERTS, GROUPS = 8, 256, 4
 ROUTE: dict[str, Any] = {"top_k": TOP_K, "groups": 8, "top_groups": 4, "score": "sigmoid", "scale": 2.5}
 ADAMW = (1, 1e-3, (0.9, 0.95), 1e-8, 0.1)  # step, rate, betas, eps, weight decay
+ROW: Block = (1, BLOCK)
+EPS = 1e-6
 BF16 = torch.bfloat16
 
 
@@ -44,8 +46,9 @@ class Fusion:
     args: tuple[Any, ...]
     chain: dict[str, float]
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
-    #: Where the host function has another name than the op, and where it takes other arguments.
-    host: str = ""
+    #: Where the host function has another name than the op, or is one that gets the module first; and where it takes
+    #: other arguments.
+    host: str | Callable[..., Any] = ""
     host_args: tuple[Any, ...] | None = None
     #: Bytes of the results that the op leaves as they are.
     unwritten: int = 0
@@ -106,6 +109,55 @@ def swiglu_backward_quantize(fp8: bool, grouped: bool, rows: int, cols: int) -> 
     }
     args = (grad, gate_up, scale, weight, None, *groups, False, 0.0, False)
     return Fusion("swiglu_backward_quantize", OPS.swiglu_backward_quantize.default, args, steps, unwritten=spare)
+
+
+def dequantize_add(rows: int, cols: int) -> Fusion:
+    n, t = rows * cols, fastfp8.quantize(randn(rows, cols))
+    args = (t.data, t.scale, ROW, BF16, randn(cols, rows).view(rows, cols).bfloat16())
+    return Fusion("dequantize", OPS.dequantize.default, args, {"dequantize": 3.0 * n, "add": 6.0 * n})
+
+
+def rmsnorm_quantize(residual: bool, rows: int, cols: int) -> Fusion:
+    """With ``residual``, the pre-norm of a transformer."""
+    n, x, weight = rows * cols, randn(rows, cols).bfloat16(), randn(cols).bfloat16()
+    added = randn(cols, rows).view(rows, cols).bfloat16() if residual else None
+    steps = {"mean of squares": 2.0 * n, "normalize": 4.0 * n, "quantize": 3.0 * n}
+    args = (x, weight, EPS, added, False, 0.0)
+    return Fusion("rmsnorm", OPS.rmsnorm_quantize.default, args, {"add": 6.0 * n, **steps} if residual else steps)
+
+
+def rmsnorm_both_ways(residual: bool, rows: int, cols: int) -> Fusion:
+    """What ``fastfp8.rmsnorm_quantize(..., transpose=True)`` calls."""
+    first = rmsnorm_quantize(residual, rows, cols)
+    steps = {**first.chain, **_turned(rows * cols, False)}
+    return Fusion("rmsnorm", functools.partial(_both_ways, OPS), first.args, steps, host=_both_ways)
+
+
+def _both_ways(ops: Any, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, *options: Any) -> Any:
+    """``ops`` are those of torch, or the module with their host functions."""
+    *quantized, rstd, summed = ops.rmsnorm_quantize(x, weight, eps, residual, *options)
+    given = x if residual is None else summed
+    return *quantized, rstd, summed, *ops.rmsnorm_quantize_transpose(given, weight, rstd, *options)
+
+
+def rmsnorm_quantize_transpose(rows: int, cols: int) -> Fusion:
+    n, x, weight = rows * cols, randn(rows, cols).bfloat16(), randn(cols).bfloat16()
+    args = (x, weight, _rstd(x), False, 0.0)
+    steps = {"normalize": 4.0 * n, **_turned(n, False)}
+    return Fusion("rmsnorm", OPS.rmsnorm_quantize_transpose.default, args, steps)
+
+
+def rmsnorm_backward(residual: bool, rows: int, cols: int) -> Fusion:
+    """``residual``: the gradient of the new residual is added."""
+    n, x, weight = rows * cols, randn(rows, cols).bfloat16(), randn(cols).bfloat16()
+    grad, *more = (randn(cols, rows + i).flatten()[:n].view(rows, cols).bfloat16() for i in range(1 + residual))
+    steps = {"normalize": 4.0 * n, "mean": 4.0 * n, "dx": 6.0 * n, "products for dweight": 6.0 * n, "sum": 2.0 * n}
+    args = (grad, x, weight, _rstd(x), *(more or (None,)))
+    return Fusion("rmsnorm", OPS.rmsnorm_backward.default, args, steps | ({"add": 6.0 * n} if residual else {}))
+
+
+def _rstd(x: Tensor) -> Tensor:
+    return torch.rsqrt(x.float().square().mean(1) + EPS)
 
 
 def _turned(n: int, grouped: bool) -> dict[str, float]:
@@ -231,6 +283,7 @@ def _name(block: Block) -> str:
 FUSIONS: dict[str, Callable[[int, int], Fusion]] = {
     **{f"quantize {_name(block)}": functools.partial(quantize, block) for block in BLOCKS},
     **{f"dequantize {_name(block)}": functools.partial(dequantize, block) for block in BLOCKS},
+    "dequantize, add": dequantize_add,
     "quantize_both": functools.partial(quantize_both, False),
     "quantize_grouped_both": functools.partial(quantize_both, True),
     "requantize_transpose": functools.partial(requantize_transpose, False),
@@ -240,6 +293,11 @@ FUSIONS: dict[str, Callable[[int, int], Fusion]] = {
     "swiglu_backward_quantize": functools.partial(swiglu_backward_quantize, False, False),
     "swiglu_backward_quantize, FP8": functools.partial(swiglu_backward_quantize, True, False),
     "swiglu_backward_quantize, FP8, grouped": functools.partial(swiglu_backward_quantize, True, True),
+    "rmsnorm_quantize": functools.partial(rmsnorm_quantize, False),
+    "rmsnorm_quantize, residual": functools.partial(rmsnorm_quantize, True),
+    "rmsnorm_quantize_transpose": rmsnorm_quantize_transpose,
+    "rmsnorm_backward": functools.partial(rmsnorm_backward, False),
+    "rmsnorm_backward, residual": functools.partial(rmsnorm_backward, True),
     "permute": functools.partial(permute, ""),
     "permute, FP8": functools.partial(permute, "FP8"),
     "permute_quantize": functools.partial(permute, "quantize"),
@@ -253,4 +311,9 @@ FUSIONS: dict[str, Callable[[int, int], Fusion]] = {
     "requantize_e5m6": functools.partial(unpack_e5m6, True),
     "adamw": functools.partial(adamw, False),
     "adamw, FP8 too": functools.partial(adamw, True),
+}
+#: As FUSIONS, but they read something twice, so their goal is no share of a copy's rate.
+TWO_PASSES: dict[str, Callable[[int, int], Fusion]] = {
+    "rmsnorm_quantize, both ways": functools.partial(rmsnorm_both_ways, False),
+    "rmsnorm_quantize, residual, both ways": functools.partial(rmsnorm_both_ways, True),
 }

@@ -58,6 +58,12 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
       "rmsnorm_quantize_transpose(Tensor x, Tensor weight, Tensor rstd, bool pow2=False, float amax_floor=0.0) -> "
       "(Tensor, Tensor)");
   library.def(
+      "rmsnorm_quantize.counted(Tensor x, Tensor weight, float eps=1e-06, Tensor? residual=None, bool pow2=False, "
+      "float amax_floor=0.0, *, Tensor(a!) counters) -> (Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "rmsnorm_quantize_transpose.counted(Tensor x, Tensor weight, Tensor rstd, bool pow2=False, "
+      "float amax_floor=0.0, *, Tensor(a!) counters) -> (Tensor, Tensor)");
+  library.def(
       "rmsnorm_backward(Tensor grad, Tensor x, Tensor weight, Tensor rstd, Tensor? residual_grad=None) -> "
       "(Tensor, Tensor)");
   library.def(

@@ -7,10 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..counters import check_counters
 from ..errors import check_device, check_tensor, check_type, check_value, value_error
 from ..layout import BLOCK, Block, empty_scale, empty_transposed, pad16, scale_shape_of
 from ..reference import rmsnorm as reference
 from ..scaled_tensor import ScaledTensor
+from .counted import register
 from .quantize import INPUT_DTYPES
 from .quantize_both import transposed_tensor
 
@@ -41,6 +43,8 @@ def rmsnorm_quantize(
     pad: bool = False,
     pow2: bool = False,
     amax_floor: float = 0.0,
+    counters: Tensor | None = None,
+    counters_t: Tensor | None = None,
 ) -> Normalized:
     """``x / sqrt(mean(x * x) + eps) * weight`` of each row, quantised as :func:`fastfp8.quantize` does FP32.
 
@@ -61,33 +65,49 @@ def rmsnorm_quantize(
         pad: as of :func:`fastfp8.quantize_both`, for the transpose.
         pow2: as of :func:`fastfp8.quantize`.
         amax_floor: the ``eps`` of :func:`fastfp8.quantize`: a floor of a block's amax.
+        counters: as of :func:`fastfp8.quantize`, of the normalised values: what became of them in ``quantized``.
+        counters_t: the same of ``transposed``.
 
     Returns:
         A :class:`Normalized`, which begins (quantized, rstd). It has no gradient: see :func:`rmsnorm_backward`.
 
     Raises:
         TypeError: an argument has another type or dtype.
-        ValueError: shapes, strides or devices do not fit, a number is out of range, or ``pad`` comes without
-            ``transpose``.
+        ValueError: shapes, strides or devices do not fit, a number is out of range, or ``pad`` or ``counters_t``
+            comes without ``transpose``.
     """
     if not torch.compiler.is_compiling():  # there the fake implementation checks: Dynamo cannot trace all of it
         check_type(eps, (float, int), _FORWARD, "eps", "a number")
         _check_options(_FORWARD, pow2, amax_floor)
         for name, value in (("transpose", transpose), ("pad", pad)):
             check_type(value, bool, _FORWARD, name, "a bool")
-        _check(x, weight, eps, residual, amax_floor)
+        _check(x, weight, eps, residual, amax_floor, counters)
+        check_counters(_FORWARD, counters_t, x, "x", "counters_t")
     if pad and not transpose:
         raise value_error(_FORWARD, "pad", "False without 'transpose'", pad)
-    data, scale, rstd, summed = torch.ops.fastfp8.rmsnorm_quantize(x, weight, eps, residual, pow2, amax_floor)
+    if counters_t is not None and not transpose:
+        raise value_error(_FORWARD, "counters_t", "None without 'transpose'", "a tensor")
+    op, arguments = torch.ops.fastfp8.rmsnorm_quantize, (x, weight, eps, residual, pow2, amax_floor)
+    found = op.default(*arguments) if counters is None else op.counted(*arguments, counters=counters)
+    data, scale, rstd, summed = found
     given = x if residual is None else summed
     turned = None
     if transpose:
-        turned = rmsnorm_quantize_transpose(given, weight, rstd, pad=pad, pow2=pow2, amax_floor=amax_floor)
+        turned = rmsnorm_quantize_transpose(
+            given, weight, rstd, pad=pad, pow2=pow2, amax_floor=amax_floor, counters=counters_t
+        )
     return Normalized(ScaledTensor._trusted(data, scale, _BLOCK), rstd, None if residual is None else summed, turned)
 
 
 def rmsnorm_quantize_transpose(
-    x: Tensor, weight: Tensor, rstd: Tensor, *, pad: bool = False, pow2: bool = False, amax_floor: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    *,
+    pad: bool = False,
+    pow2: bool = False,
+    amax_floor: float = 0.0,
+    counters: Tensor | None = None,
 ) -> ScaledTensor:
     """The normalised input computed again and quantised along the tokens, for Wgrad: the row-wise one is not written.
 
@@ -99,7 +119,7 @@ def rmsnorm_quantize_transpose(
         weight: as of :func:`rmsnorm_quantize`.
         rstd: float32 [M], contiguous, as it returned them.
         pad: as of :func:`fastfp8.quantize_both`.
-        pow2, amax_floor: as of :func:`rmsnorm_quantize`.
+        pow2, amax_floor, counters: as of :func:`rmsnorm_quantize`.
 
     Returns:
         ScaledTensor [K, M] in (1, 128) blocks, whose rows are M rounded up to 16 codes apart; with ``pad``
@@ -112,8 +132,9 @@ def rmsnorm_quantize_transpose(
     if not torch.compiler.is_compiling():
         _check_options(_AGAIN, pow2, amax_floor)
         check_type(pad, bool, _AGAIN, "pad", "a bool")
-        _check_again(x, weight, rstd, amax_floor)
-    data_t, scale_t = torch.ops.fastfp8.rmsnorm_quantize_transpose(x, weight, rstd, pow2, amax_floor)
+        _check_again(x, weight, rstd, amax_floor, counters)
+    op, arguments = torch.ops.fastfp8.rmsnorm_quantize_transpose, (x, weight, rstd, pow2, amax_floor)
+    data_t, scale_t = op.default(*arguments) if counters is None else op.counted(*arguments, counters=counters)
     return transposed_tensor(data_t, scale_t, None if pad else x.shape[0])
 
 
@@ -181,17 +202,21 @@ def _check_floor(op: str, amax_floor: float) -> None:
     check_value(0 <= amax_floor < 2.0**100, op, "amax_floor", "a number from 0 up to 2**100", amax_floor)
 
 
-def _check(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, amax_floor: float) -> None:
+def _check(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, amax_floor: float, counters: Tensor | None
+) -> None:
     _check_input(_FORWARD, x, weight)
     check_value(2.0**-100 <= eps <= 2.0**100, _FORWARD, "eps", "a positive number from 2**-100 to 2**100", eps)
     _check_like(_FORWARD, "residual", residual, x)
     _check_floor(_FORWARD, amax_floor)
+    check_counters(_FORWARD, counters, x, "x")
 
 
-def _check_again(x: Tensor, weight: Tensor, rstd: Tensor, amax_floor: float) -> None:
+def _check_again(x: Tensor, weight: Tensor, rstd: Tensor, amax_floor: float, counters: Tensor | None) -> None:
     _check_input(_AGAIN, x, weight)
     _check_vector(_AGAIN, "rstd", rstd, (torch.float32,), x.shape[0], x)
     _check_floor(_AGAIN, amax_floor)
+    check_counters(_AGAIN, counters, x, "x")
 
 
 def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, residual_grad: Tensor | None) -> None:
@@ -202,7 +227,7 @@ def _check_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, resid
     _check_like(_BACKWARD, "residual_grad", residual_grad, x)
 
 
-@torch.library.impl("fastfp8::rmsnorm_quantize", "CPU")
+@register("rmsnorm_quantize", "CPU")
 @torch.no_grad()
 def _cpu(
     x: Tensor,
@@ -211,12 +236,14 @@ def _cpu(
     residual: Tensor | None = None,
     pow2: bool = False,
     amax_floor: float = 0.0,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check(x, weight, eps, residual, amax_floor)
-    return reference.rmsnorm_quantize(x, weight, eps, residual, pow2, amax_floor)
+    _check(x, weight, eps, residual, amax_floor, counters)
+    return reference.rmsnorm_quantize(x, weight, eps, residual, pow2, amax_floor, counters)
 
 
-@torch.library.impl("fastfp8::rmsnorm_quantize", "CUDA")
+@register("rmsnorm_quantize", "CUDA")
 @torch.no_grad()
 def _cuda(
     x: Tensor,
@@ -225,14 +252,16 @@ def _cuda(
     residual: Tensor | None = None,
     pow2: bool = False,
     amax_floor: float = 0.0,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     from ..triton_kernels import rmsnorm as kernels
 
-    _check(x, weight, eps, residual, amax_floor)
-    return kernels.rmsnorm_quantize(x, weight, eps, residual, pow2, amax_floor)
+    _check(x, weight, eps, residual, amax_floor, counters)
+    return kernels.rmsnorm_quantize(x, weight, eps, residual, pow2, amax_floor, counters)
 
 
-@torch.library.register_fake("fastfp8::rmsnorm_quantize")
+@register("rmsnorm_quantize", "fake")
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -240,39 +269,59 @@ def _fake(
     residual: Tensor | None = None,
     pow2: bool = False,
     amax_floor: float = 0.0,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    _check(x, weight, eps, residual, amax_floor)
+    _check(x, weight, eps, residual, amax_floor, counters)
     data = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
     scale = empty_scale(x, scale_shape_of(x.shape, _BLOCK), _BLOCK)
     summed = x.new_empty((0, x.shape[1])) if residual is None else residual.new_empty(x.shape)
     return data, scale, x.new_empty(x.shape[0], dtype=torch.float32), summed
 
 
-@torch.library.impl("fastfp8::rmsnorm_quantize_transpose", "CPU")
+@register("rmsnorm_quantize_transpose", "CPU")
 @torch.no_grad()
 def _again_cpu(
-    x: Tensor, weight: Tensor, rstd: Tensor, pow2: bool = False, amax_floor: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    pow2: bool = False,
+    amax_floor: float = 0.0,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_again(x, weight, rstd, amax_floor)
-    return reference.rmsnorm_quantize_transpose(x, weight, rstd, pow2, amax_floor)
+    _check_again(x, weight, rstd, amax_floor, counters)
+    return reference.rmsnorm_quantize_transpose(x, weight, rstd, pow2, amax_floor, counters)
 
 
-@torch.library.impl("fastfp8::rmsnorm_quantize_transpose", "CUDA")
+@register("rmsnorm_quantize_transpose", "CUDA")
 @torch.no_grad()
 def _again_cuda(
-    x: Tensor, weight: Tensor, rstd: Tensor, pow2: bool = False, amax_floor: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    pow2: bool = False,
+    amax_floor: float = 0.0,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from ..triton_kernels import rmsnorm as kernels
 
-    _check_again(x, weight, rstd, amax_floor)
-    return kernels.rmsnorm_quantize_transpose(x, weight, rstd, pow2, amax_floor)
+    _check_again(x, weight, rstd, amax_floor, counters)
+    return kernels.rmsnorm_quantize_transpose(x, weight, rstd, pow2, amax_floor, counters)
 
 
-@torch.library.register_fake("fastfp8::rmsnorm_quantize_transpose")
+@register("rmsnorm_quantize_transpose", "fake")
 def _again_fake(
-    x: Tensor, weight: Tensor, rstd: Tensor, pow2: bool = False, amax_floor: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    pow2: bool = False,
+    amax_floor: float = 0.0,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check_again(x, weight, rstd, amax_floor)
+    _check_again(x, weight, rstd, amax_floor, counters)
     return empty_transposed(x, x.shape[1], pad16(x.shape[0]))
 
 

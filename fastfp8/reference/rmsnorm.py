@@ -54,7 +54,13 @@ def add_residual(x: Tensor, residual: Tensor | None) -> Tensor:
 
 
 def rmsnorm_quantize(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, pow2: bool, amax_floor: float
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    pow2: bool,
+    amax_floor: float,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastfp8.rmsnorm_quantize`; arguments are checked already. Without ``residual`` the last has no row."""
     rows, cols = x.shape
@@ -71,15 +77,15 @@ def rmsnorm_quantize(
         rstd[chunk] = reciprocal_rms(pairwise_sum(values * values), cols, eps)
         if cols:
             y = values * rstd[chunk, None] * factor
-            quantize_rows(y, data[chunk], scale[chunk], _BLOCK, pow2, amax_floor)
+            quantize_rows(y, data[chunk], scale[chunk], _BLOCK, pow2, amax_floor, counters)
     return data, scale, rstd, given
 
 
 def rmsnorm_quantize_transpose(
-    x: Tensor, weight: Tensor, rstd: Tensor, pow2: bool, amax_floor: float
+    x: Tensor, weight: Tensor, rstd: Tensor, pow2: bool, amax_floor: float, counters: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.rmsnorm_quantize_transpose`; arguments are checked already. Padded to 16 tokens."""
-    return transposed(x.float() * rstd[:, None] * weight.float(), pow2, amax_floor)
+    return transposed(x.float() * rstd[:, None] * weight.float(), pow2, amax_floor, counters)
 
 
 def rmsnorm_backward(

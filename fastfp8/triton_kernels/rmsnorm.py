@@ -18,6 +18,7 @@ from ..layout import BLOCK, Block, ceil_div, empty_scale, empty_transposed, pad1
 from ..reference.quantize import AMAX_FLOOR
 from ..reference.rmsnorm import reciprocal_rms, rows_together
 from . import require_fp8
+from .counters import count
 from .pairwise import pairwise_sum
 from .quantize import FP16_CAPABILITY, finite_magnitude, scale_and_multiplier, to_e4m3
 from .quantize_both import grid, store_transposed
@@ -66,6 +67,12 @@ def row_sums(values, ROWS: tl.constexpr, BLOCKS: tl.constexpr, WIDTH: tl.constex
 
 
 @triton.jit
+def columns(block, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+    """Those of ``block`` [., 1], of which a thread takes ``VECTOR`` at a time: see :func:`.tile_indices`."""
+    return tl.max_contiguous(block * WIDTH + tl.arange(0, WIDTH)[None, :], [1, VECTOR])
+
+
+@triton.jit
 def load_input(
     x,
     residual,
@@ -78,9 +85,10 @@ def load_input(
     residual_row_stride,
     residual_col_stride,
     WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """What is normalised: ``x``, or its sum with ``residual``, in the dtype of that; each block as below."""
-    col = block * WIDTH + tl.arange(0, WIDTH)[None, :]
+    col = columns(block, WIDTH, VECTOR)
     inside = (row < end) & (col < cols)
     far = col.to(tl.int64)  # because an element's offset may need 64 bits
     given = tl.load(x + row * x_row_stride + far * x_col_stride, mask=inside, other=0.0)
@@ -106,14 +114,17 @@ def store_normalized(
     POW2: tl.constexpr,
     STICKY: tl.constexpr,
     WIDTH: tl.constexpr,
+    VECTOR: tl.constexpr,
+    counters=None,
 ):
     """Normalise and quantise blocks, each at its ``row`` and its ``block`` of columns, [., 1]. Returns their scales."""
-    col = block * WIDTH + tl.arange(0, WIDTH)[None, :]
+    col = columns(block, WIDTH, VECTOR)
     inside = (row < end) & (col < cols)
     if summed is not None:
         tl.store(summed + row * cols + col, given, mask=inside)
     values = normalized(given, factor, gain)
     block_scale, multiplier = scale_and_multiplier(tl.max(finite_magnitude(values), 1, keep_dims=True), floor, POW2)
+    count(counters, values, multiplier, inside)
     tl.store(data + row * cols + col, to_e4m3(values * multiplier, STICKY), mask=inside)
     return block_scale
 
@@ -125,9 +136,9 @@ def store_scale(scale, block_scale, row, block, end, cols, scale_pitch, WIDTH: t
 
 
 @triton.jit
-def store_rstd(rstd, sums, first, end, count, eps, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+def store_rstd(rstd, sums, first, end, length, eps, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
     """From sums [ROWS]. Returns what each block of these rows is multiplied by, [ROWS * BLOCKS, 1]."""
-    found = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(sums, count) + eps))
+    found = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(sums, length) + eps))
     row = first + tl.arange(0, ROWS)
     tl.store(rstd + row, found, mask=row < end)
     return tl.reshape(tl.broadcast_to(tl.reshape(found, [ROWS, 1]), [ROWS, BLOCKS]), [ROWS * BLOCKS, 1])
@@ -142,10 +153,11 @@ def rmsnorm_quantize_kernel(
     scale,
     rstd,
     summed,
+    counters,
     rows,
     cols,
     steps,
-    count,
+    length,
     eps,
     x_row_stride,
     x_col_stride,
@@ -161,10 +173,11 @@ def rmsnorm_quantize_kernel(
     CHUNKS: tl.constexpr,
     PARTS: tl.constexpr,
     KEPT: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """A program has ``steps`` tiles of ROWS x BLOCKS blocks, those of a row one below the other in a tile.
 
-    ``count`` is ``cols`` as a float. The scales of KEPT tiles, of one row if there are several, are written together,
+    ``length`` is ``cols`` as a float. The scales of KEPT tiles, of one row if there are several, are written together,
     for those of a row lie far from each other.
     """
     tl.static_assert(KEPT == 1 or ROWS == 1, "scales are kept for tiles of one row")
@@ -176,17 +189,17 @@ def rmsnorm_quantize_kernel(
     strides = (x_row_stride, x_col_stride, residual_row_stride, residual_col_stride)
     if CHUNKS == 1:
         gain = tl.load(weight + block * WIDTH + lanes, mask=block * WIDTH + lanes < cols, other=0.0)
-        given = load_input(x, residual, start + row_of_tile, block, end, cols, *strides, WIDTH)
+        given = load_input(x, residual, start + row_of_tile, block, end, cols, *strides, WIDTH, VECTOR)
         kept, place = tl.zeros([ROWS * BLOCKS, KEPT], tl.float32), tl.arange(0, KEPT)[None, :]
         for step in range(steps):
             first = start + step * ROWS
             row = first + row_of_tile
             # Under way while this tile is summed.
-            following = load_input(x, residual, row + ROWS, block, end, cols, *strides, WIDTH)
+            following = load_input(x, residual, row + ROWS, block, end, cols, *strides, WIDTH, VECTOR)
             sums = row_sums(given.to(tl.float32) * given.to(tl.float32), ROWS, BLOCKS, WIDTH)
-            factor = store_rstd(rstd, sums, first, end, count, eps, ROWS, BLOCKS)
+            factor = store_rstd(rstd, sums, first, end, length, eps, ROWS, BLOCKS)
             found = store_normalized(
-                given, factor, gain, data, summed, row, block, end, cols, floor, POW2, STICKY, WIDTH
+                given, factor, gain, data, summed, row, block, end, cols, floor, POW2, STICKY, WIDTH, VECTOR, counters
             )
             kept = tl.where(place == step % KEPT, found, kept)
             if (step % KEPT == KEPT - 1) | (step == steps - 1):
@@ -199,17 +212,17 @@ def rmsnorm_quantize_kernel(
             row = first + row_of_tile
             parts = tl.zeros([ROWS, PARTS], tl.float32)
             for chunk in range(CHUNKS):
-                values = load_input(x, residual, row, chunk * BLOCKS + block, end, cols, *strides, WIDTH)
+                values = load_input(x, residual, row, chunk * BLOCKS + block, end, cols, *strides, WIDTH, VECTOR)
                 squares = values.to(tl.float32) * values.to(tl.float32)
                 part = tl.reshape(row_sums(squares, ROWS, BLOCKS, WIDTH), [ROWS, 1])
                 parts = tl.where(tl.arange(0, PARTS)[None, :] == chunk, part, parts)
-            factor = store_rstd(rstd, pairwise_sum(parts, ROWS, PARTS), first, end, count, eps, ROWS, BLOCKS)
+            factor = store_rstd(rstd, pairwise_sum(parts, ROWS, PARTS), first, end, length, eps, ROWS, BLOCKS)
             for chunk in range(CHUNKS):
                 at = chunk * BLOCKS + block
-                values = load_input(x, residual, row, at, end, cols, *strides, WIDTH)
+                values = load_input(x, residual, row, at, end, cols, *strides, WIDTH, VECTOR)
                 gain = tl.load(weight + at * WIDTH + lanes, mask=at * WIDTH + lanes < cols, other=0.0)
                 found = store_normalized(
-                    values, factor, gain, data, summed, row, at, end, cols, floor, POW2, STICKY, WIDTH
+                    values, factor, gain, data, summed, row, at, end, cols, floor, POW2, STICKY, WIDTH, VECTOR, counters
                 )
                 store_scale(scale, found, row, at, end, cols, scale_pitch, WIDTH)
 
@@ -221,6 +234,7 @@ def rmsnorm_quantize_transpose_kernel(
     rstd,
     data_t,
     scale_t,
+    counters,
     T,
     cols,
     x_row_stride,
@@ -236,27 +250,15 @@ def rmsnorm_quantize_transpose_kernel(
     across = tl.cdiv(cols, TILE)
     tile, k_block = tl.program_id(0) // across, (tl.program_id(0) % across).to(tl.int64)
     row = tile.to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
-    col = k_block * TILE + tl.arange(0, TILE)[None, :]
+    VECTOR: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth  # see tile_indices
+    col = tl.max_contiguous(k_block * TILE + tl.arange(0, TILE), VECTOR)[None, :]
     inside = (row < T) & (col < cols)
     given = tl.load(x + row * x_row_stride + col * x_col_stride, mask=inside, other=0.0)
     factor = tl.load(rstd + row, mask=row < T, other=0.0)
     values = normalized(given, factor, tl.load(weight + col, mask=col < cols, other=0.0))
     values = tl.where(inside, values, 0.0)  # a weight may be infinite
-    store_transposed(
-        values,
-        finite_magnitude(values),
-        data_t,
-        scale_t,
-        tile,
-        col,
-        cols,
-        pitch_t,
-        scale_t_pitch,
-        floor,
-        POW2,
-        STICKY,
-        TILE,
-    )
+    to = (data_t, scale_t, tile, col, cols, pitch_t, scale_t_pitch)
+    store_transposed(values, finite_magnitude(values), *to, floor, POW2, STICKY, TILE, counters, inside, VECTOR)
 
 
 @triton.jit
@@ -288,7 +290,7 @@ def rmsnorm_backward_kernel(
     rows,
     cols,
     together,
-    count,
+    length,
     grad_row_stride,
     grad_col_stride,
     x_row_stride,
@@ -307,7 +309,10 @@ def rmsnorm_backward_kernel(
     residual_strides = (residual_row_stride, residual_col_stride)
     sums += tl.program_id(0).to(tl.int64) * cols
     if CHUNKS == 1:
-        factor = tl.load(weight + lane, mask=lane < cols, other=0.0)
+        # One dimension less: left among the others, Triton would have a thread take 32 bytes of FP32 at a time, by two
+        # instructions, each of which touches every sector and takes half of it.
+        flat = tl.arange(0, COLS)
+        factor = tl.reshape(tl.load(weight + flat, mask=flat < cols, other=0.0), [1, COLS])
         total = tl.zeros([1, COLS], tl.float32)
         g, given = load_gradient(grad, x, first + zero, lane, end, cols, *strides)
         for i in range((end - first).to(tl.int32)):
@@ -317,10 +322,10 @@ def rmsnorm_backward_kernel(
             r = tl.load(rstd + row)
             normed, weighted = given.to(tl.float32) * r, g.to(tl.float32) * factor.to(tl.float32)
             total += g.to(tl.float32) * normed
-            mean = tl.div_rn(tl.reshape(pairwise_sum(weighted * normed, 1, COLS) + 0.0, [1, 1]), count)
+            mean = tl.div_rn(tl.reshape(pairwise_sum(weighted * normed, 1, COLS) + 0.0, [1, 1]), length)
             store_gradient(dx, residual_grad, weighted, normed, mean, r, row, lane, cols, *residual_strides)
             g, given = next_g, next_given
-        tl.store(sums + lane, total, mask=lane < cols)
+        tl.store(sums + flat, tl.reshape(total, [COLS]), mask=flat < cols)
     else:
         for i in range((end - first).to(tl.int32)):
             row = first + i + zero
@@ -333,7 +338,7 @@ def rmsnorm_backward_kernel(
                 products = g.to(tl.float32) * factor.to(tl.float32) * (given.to(tl.float32) * r)
                 part = tl.reshape(pairwise_sum(products, 1, COLS), [1, 1])
                 parts = tl.where(tl.arange(0, PARTS)[None, :] == chunk, part, parts)
-            mean = tl.div_rn(tl.reshape(pairwise_sum(parts, 1, PARTS) + 0.0, [1, 1]), count)
+            mean = tl.div_rn(tl.reshape(pairwise_sum(parts, 1, PARTS) + 0.0, [1, 1]), length)
             for chunk in range(CHUNKS):
                 col = chunk * COLS + lane
                 g, given = load_gradient(grad, x, row, col, end, cols, *strides)
@@ -355,7 +360,13 @@ def sum_rows_kernel(sums, out, parts, cols, PARTS: tl.constexpr, COLS: tl.conste
 
 
 def rmsnorm_quantize(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, pow2: bool, amax_floor: float
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    residual: Tensor | None,
+    pow2: bool,
+    amax_floor: float,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See :func:`fastfp8.rmsnorm_quantize`; arguments are checked already. Without ``residual`` the last has no row."""
     capability = require_fp8("rmsnorm_quantize", x.device)
@@ -379,6 +390,7 @@ def rmsnorm_quantize(
             scale,
             rstd,
             None if residual is None else given,
+            counters,
             rows,
             cols,
             steps,
@@ -396,6 +408,7 @@ def rmsnorm_quantize(
             CHUNKS=chunks.number,
             PARTS=chunks.padded,
             KEPT=1 if tile_rows > 1 or steps == 1 else _KEPT,
+            VECTOR=16 // max(x.element_size(), like.element_size()),
             num_warps=tile_rows * chunks.cols // _VALUES // 32,
             enable_fp_fusion=False,
         )
@@ -403,7 +416,7 @@ def rmsnorm_quantize(
 
 
 def rmsnorm_quantize_transpose(
-    x: Tensor, weight: Tensor, rstd: Tensor, pow2: bool, amax_floor: float
+    x: Tensor, weight: Tensor, rstd: Tensor, pow2: bool, amax_floor: float, counters: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastfp8.rmsnorm_quantize_transpose`; arguments are checked already. Padded to 16 tokens."""
     capability = require_fp8("rmsnorm_quantize_transpose", x.device)
@@ -418,6 +431,7 @@ def rmsnorm_quantize_transpose(
             rstd,
             data_t,
             scale_t,
+            counters,
             x.shape[0],
             features,
             *x.stride(),

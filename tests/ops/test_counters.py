@@ -100,6 +100,26 @@ def cases() -> dict[str, Case]:
         lambda x, w, *_: swiglu(x[:, : COLS // 2], x[:, COLS // 2 :], w, 7.0),
         (first,),
     )
+    # An infinity would leave nothing of its row but NaN and zeros, so they come from the weight.
+    gain, rstd, tame = torch.linspace(-2, 2, COLS), torch.linspace(0.5, 2, ROWS), x.nan_to_num(1.0).clamp(-99.0, 99.0)
+    gain[9] = torch.inf
+    tame[3, 0] = torch.nan
+    found["rmsnorm_quantize"] = Case(
+        OPS.rmsnorm_quantize.counted,
+        (tame, gain, 1e-6, tame.bfloat16(), False, 0.0),
+        "rmsnorm",
+        "rmsnorm_quantize",
+        lambda *args: normalized(*args[:4]),
+        (first,),
+    )
+    found["rmsnorm_quantize_transpose"] = Case(
+        OPS.rmsnorm_quantize_transpose.counted,
+        (x, gain, rstd, False, 0.0),
+        "rmsnorm",
+        "rmsnorm_quantize_transpose",
+        lambda x, gain, rstd, *_: x * rstd[:, None] * gain,
+        (lambda out: out[0][:, :ROWS].t(),),
+    )
     found["permute_quantize"] = Case(
         OPS.permute_quantize.counted,
         (x, where, False, 0.0),
@@ -153,6 +173,12 @@ def backward_cases() -> dict[str, Case]:
     }
 
 
+def normalized(x: Tensor, gain: Tensor, eps: float, residual: Tensor) -> Tensor:
+    """What is quantised."""
+    *_, rstd, summed = OPS.rmsnorm_quantize(x, gain, eps, residual)
+    return summed.float() * rstd[:, None] * gain
+
+
 def _of_groups(data_t: Tensor) -> Tensor:
     """The codes of the rows of each group, one after the other, of a grouped transpose."""
     parts, first = [], 0
@@ -189,7 +215,7 @@ def run(name: str, case: Case, args: tuple[Any, ...], counters: list[Tensor]) ->
     args = tuple(aligned(arg) if isinstance(arg, Tensor) else arg for arg in args)
     host = functools.partial(getattr(module, case.host), *args, **case.named(counters))
     if isinstance(b, Emulator):
-        kernel = case.host if case.module == "e5m6" else case.module
+        kernel = case.host if case.module in ("e5m6", "rmsnorm") else case.module
         return b._run_triton(module, f"{kernel}_kernel", host)
     with b._interpreted():
         return host()
@@ -241,6 +267,8 @@ def test_opcheck(op: str) -> None:
         "requantize_e5m6": (packed.words, packed.scale, 256),
         "swiglu_backward_quantize": (SMALL[:, :128], SMALL),
         "swiglu_backward_quantize, grouped": (SMALL[:, :128], t.data, t.scale, None, None, ends_of((3, 5))),
+        "rmsnorm_quantize": (SMALL, torch.ones(256)),
+        "rmsnorm_quantize_transpose": (SMALL, torch.ones(256), torch.ones(8)),
     }
     opcheck(case.op, small.get(op, (SMALL,)), case.named(new_counters("cpu") for _ in case.codes))
 
@@ -286,6 +314,10 @@ def test_bad_counters(op: str, bad: Any, error: type[Exception], words: str) -> 
         "swiglu_backward_quantize, grouped": lambda: fastfp8.swiglu_backward_quantize(
             grad, t, offsets=ends_of((8,)), counters=(new_counters("cpu"), new_counters("cpu"), bad)
         ),
+        "rmsnorm_quantize": lambda: fastfp8.rmsnorm_quantize(SMALL, torch.ones(256), counters=bad),
+        "rmsnorm_quantize_transpose": lambda: fastfp8.rmsnorm_quantize(
+            SMALL, torch.ones(256), transpose=True, counters_t=bad
+        ),
     }
     with pytest.raises(error, match=r"argument '(activation_)?counters(_t)?': expected .*") as raised:
         calls.get(op, lambda: fastfp8.quantize(SMALL, counters=bad))()
@@ -309,3 +341,23 @@ def test_a_dense_activation_is_not_counted() -> None:
     counters = tuple(new_counters("cpu") for _ in range(3))
     fastfp8.swiglu_backward_quantize(SMALL[:, :128], SMALL, dense_activation=True, counters=counters)
     assert [totals(c).values for c in counters] == [0, SMALL.numel(), SMALL.numel()]
+
+
+@pytest.mark.parametrize("name", backend_params(("triton_interpreter",)))
+def test_counts_of_rows_in_chunks(name: str) -> None:
+    """Of RMSNorm, whose kernel takes rows of more than 8192 columns a chunk at a time."""
+    x = values(1, 8500).nan_to_num(1.0).clamp(-99.0, 99.0)
+    args, counters = (x, torch.ones(8500), 1e-6, None, False, 0.0), new_counters("cpu")
+    out = run(name, CASES["rmsnorm_quantize"]._replace(args=args), args, [counters])
+    assert totals(counters) == expected(x * out[2][:, None], out[0])
+
+
+def test_rmsnorm_counts_both_results() -> None:
+    x, gain, counters = values(), torch.linspace(-2, 2, COLS), [new_counters("cpu") for _ in range(2)]
+    out = fastfp8.rmsnorm_quantize(x, gain, transpose=True, counters=counters[0], counters_t=counters[1])
+    y = x * out.rstd[:, None] * gain
+    assert out.transposed is not None
+    for c, codes in zip(counters, (out.quantized.data, out.transposed.data.t()), strict=True):
+        assert totals(c) == expected(y, codes)
+    with pytest.raises(ValueError, match="argument 'counters_t': expected None without 'transpose'"):
+        fastfp8.rmsnorm_quantize(x, gain, counters_t=counters[1])
