@@ -1,8 +1,10 @@
 """FP8 training kernels of the DeepSeek-V3 report as torch ops. See README.md for the map and the contracts."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch  # noqa: F401  (its libraries must be loaded before _C is)
 
-from . import _C, backends, comm, nn, numerics, optim, presets  # _C registers the schemas of torch.ops.fastfp8.*
+from . import _C, backends, nn, numerics, optim, presets  # _C registers the schemas of torch.ops.fastfp8.*
 from .error_word import check
 from .ops.balance import balance_loss, update_bias
 from .ops.dequantize import dequantize
@@ -25,6 +27,9 @@ from .scaled_tensor import ScaledTensor
 __version__ = _C.version
 
 backends.announce()
+
+if TYPE_CHECKING:
+    from . import comm
 
 __all__ = [
     "Normalized",
@@ -65,3 +70,12 @@ __all__ = [
     "unpermute",
     "update_bias",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """``comm`` when it is first asked for: it and torch.distributed take longer to import than all the rest."""
+    if name == "comm":
+        import importlib
+
+        return importlib.import_module(".comm", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,6 @@ from .autograd import is_tracked, rows_of_tokens, tokens_of_rows, weights_of_row
 from .exchange import CollectiveExchange, Exchange
 from .footprint import Layout, Memory
 from .handle import Handle
-from .kernel_exchange import kernel_exchange
 from .link import Link
 from .preflight import Call
 
@@ -87,9 +86,14 @@ class Buffer:
         link = Link(group, torch.device(device), float(timeout))
         sizes = Sizes(hidden, num_experts, top_k, max_tokens, ranks_per_node, capacity, num_sms)
         layout = agree(link, sizes)
-        self._use(
-            kernel_exchange(link, layout, num_sms) if way == "kernels" else CollectiveExchange(link, layout), device
-        )
+        exchange: Exchange
+        if way == "kernels":
+            from .kernel_exchange import kernel_exchange  # with the model that chooses its settings: 0.1 s
+
+            exchange = kernel_exchange(link, layout, num_sms)
+        else:
+            exchange = CollectiveExchange(link, layout)
+        self._use(exchange, device)
 
     def _use(self, exchange: Exchange, device: torch.device | str) -> None:
         self._exchange = exchange
