@@ -31,6 +31,7 @@ class Storages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for t in pytree.tree_leaves((args, kwargs)):
             if isinstance(t, Tensor):  # views made before share their storage with it
+                self.kept.append(t)
                 self.seen.setdefault(t.untyped_storage().data_ptr(), ((), t.dtype, 0))
         out = func(*args, **(kwargs or {}))
         for t in pytree.tree_leaves(out):
