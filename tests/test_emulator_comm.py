@@ -322,3 +322,35 @@ def test_a_rank_that_does_not_come(when: str) -> None:
     roles = {"exchange": {"exchange"}, "dispatch": {"rail send", "rail forward", "link send", "link receive"}}
     assert {s["role"] for s in told} <= roles.get(when, {"rail forward", "link receive"})
     assert 3 in {s["peer"] for s in told}
+
+
+def test_after_a_timeout_kernels_do_nothing() -> None:
+    """The host may launch more before it sees one: tables are not made, so nothing may be read from them."""
+    g = geometry(1, 2, max_tokens=4)
+    case = Case.random(g, 17, tokens=[4, 4])
+    ranks = Ranks(g, seed=17, timeout_us=100)
+    received = ranks.exchange(case.idx, [1])
+    windows = [w.clone() for w in ranks.windows]
+    ranks.send(received, case.xs, case.weights, without=[1])
+    ys = ranks.combine(received, [torch.zeros(0, g.hidden, dtype=torch.bfloat16)] * 2, without=[1])
+    ranks.exchange(case.idx, [1])
+    assert torch.isnan(received[0].data.float()).all()
+    assert torch.isnan(ys[0].float()).all()
+    assert all(torch.equal(now, before) for now, before in zip(ranks.windows, windows, strict=True))
+    status = ranks.statuses()[0]
+    assert status is not None
+    assert (status["trouble"], status["role"], status["peer"]) == ("timeout", "exchange", 1)
+
+
+def test_a_timeout_is_told_in_place_of_what_was_found_before() -> None:
+    """An excess of rows is survived, a rank that does not come is not."""
+    g = geometry(1, 2, capacity=3, max_tokens=4)
+    case = Case.random(g, 18, idx=special("one expert", g))
+    ranks = Ranks(g, seed=18)
+    received = ranks.exchange(case.idx)
+    ranks.timeout_us = 100
+    ranks.send(received, case.xs, case.weights, without=[0])
+    status = ranks.statuses()
+    assert status[0] is None
+    assert status[1] is not None
+    assert (status[1]["trouble"], status[1]["peer"], status[1]["rows"]) == ("timeout", 0, 0)

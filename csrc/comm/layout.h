@@ -158,7 +158,7 @@ struct SignalLayout {
   }
 };
 
-// Why a role gave up, or what the exchange found; 0 while all is well. The first one stays.
+// Why a role gave up, or what the exchange found; 0 while all is well. The first one stays, or a timeout.
 enum class Trouble : uint32_t { kNone, kTimeout, kOverflow, kBadExpert };
 
 enum class Role : uint32_t { kRailSend, kRailForward, kLinkSend, kLinkReceive, kExchange };

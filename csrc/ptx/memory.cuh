@@ -60,11 +60,14 @@ __device__ __forceinline__ uint32_t atomic_add_acq_rel_gpu(uint32_t* address, ui
   return before;
 }
 
-// Writes `value` where 0 stands; orders nothing else. Returns the value before.
+// Writes `value` where `expected` stands; orders nothing else. Returns the value before.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-atom
-__device__ __forceinline__ uint32_t atomic_claim_gpu(uint32_t* address, uint32_t value) {
+__device__ __forceinline__ uint32_t atomic_replace_gpu(uint32_t* address, uint32_t expected, uint32_t value) {
   uint32_t before;
-  asm volatile("atom.cas.relaxed.gpu.global.b32 %0, [%1], 0, %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+  asm volatile("atom.cas.relaxed.gpu.global.b32 %0, [%1], %2, %3;"
+               : "=r"(before)
+               : "l"(address), "r"(expected), "r"(value)
+               : "memory");
   return before;
 }
 

@@ -123,26 +123,12 @@ struct CombineLinkSend {
 
 // Sums of the ranks of this node, to this rank's fellow in another.
 template <class Rail>
-struct CombineRailForward {
-  Context& c;
-  const Rail& network;
-  const RoutingLayout& tables;
+struct CombineRailForward : RailStreams<RingKind::kCombineRail, true, Rail> {
+  using Streams = RailStreams<RingKind::kCombineRail, true, Rail>;
+  using Streams::c, Streams::network, Streams::tables, Streams::records, Streams::end_at;
 
-  __device__ int streams() const { return c.g.nodes; }
-  __device__ uint32_t records(int node) const {
-    return node == c.node ? 0 : c.table(tables.rail_in)[c.channel * c.g.nodes + node];
-  }
-  __device__ uint32_t count(int node) const { return chunks_of(c.g, records(node)); }
-  __device__ bool ready(int node, uint32_t chunk) const {
-    const RingEnd end = rail(c, RingKind::kCombineRail, true, node);
-    const Turn turn = end.turn(chunk);
-    return network.poll(end.consumed + 4 * turn.index) == turn.count;
-  }
-  __device__ bool give_up(int node, uint32_t chunk) const {
-    return c.give_up(Role::kRailForward, c.rank_of(node, c.gpu), chunk + 1, chunk);
-  }
   __device__ bool run(int node, uint32_t chunk) const {
-    const RingEnd end = rail(c, RingKind::kCombineRail, true, node);
+    const RingEnd end = end_at(node);
     const Turn turn = end.turn(chunk);
     const int64_t stage = end.stage + turn.index * end.slot_bytes;
     const uint32_t count = records_in_chunk(c.g, records(node), chunk);

@@ -62,8 +62,8 @@ __device__ void dispatch(Context& c, const Rail& network, uint32_t* shared) {
   const uint32_t by_role[] = {work * loads.rail_out, loads.rail_in + loads.link_via, work * loads.link_out,
                               loads.link_in};
   const Share share = share_of(static_cast<int>(blockIdx.x % 2) * warps + warp, 2 * warps, by_role);
-  if (share.role == 0) serve(c, DispatchRailSend<kPayload, Rail>{c, network, tables}, share, next);
-  if (share.role == 1) serve(c, DispatchRailForward<kPayload, Rail>{c, network, tables}, share, next);
+  if (share.role == 0) serve(c, DispatchRailSend<kPayload, Rail>{{c, network, tables}}, share, next);
+  if (share.role == 1) serve(c, DispatchRailForward<kPayload, Rail>{{c, network, tables}}, share, next);
   if (share.role == 2) serve(c, DispatchLinkSend<kPayload>{c}, share, next);
   if (share.role == 3) serve(c, DispatchLinkReceive<kPayload>{c, tables}, share, next);
   end_channel(c, true, shared);
@@ -79,7 +79,7 @@ __device__ void combine(Context& c, const Rail& network, uint32_t* shared) {
   const uint32_t by_role[] = {loads.link_in, loads.rail_in + loads.link_via, tokens + loads.link_out + loads.rail_out};
   const Share share = share_of(static_cast<int>(blockIdx.x % 2) * warps + warp, 2 * warps, by_role);
   if (share.role == 0) serve(c, CombineLinkSend{c, tables}, share, next);
-  if (share.role == 1) serve(c, CombineRailForward<Rail>{c, network, tables}, share, next);
+  if (share.role == 1) serve(c, CombineRailForward<Rail>{{c, network, tables}}, share, next);
   if (share.role == 2) serve(c, CombineReceive<Rail>{c, network, tables}, share, next);
   end_channel(c, false, shared);
 }
@@ -92,10 +92,12 @@ __device__ void combine(Context& c, const Rail& network, uint32_t* shared) {
       const int *topk_idx, const float *topk_weights, const void *x, const float *x_scale, void *recv,             \
       float *recv_scale, int *offsets, const void *expert_out, void *y, const float *row_values, float *values
 
+// After a timeout, whose tables and rings are not to be used, there is nothing but to end.
 #define FASTFP8_COMM_CONTEXT                                                                                \
   extern __shared__ uint32_t shared[];                                                                      \
   fastfp8::comm::Context context(setup, {windows, state, routing, topk_idx, topk_weights, x, x_scale, recv, \
-                                         recv_scale, offsets, expert_out, y, row_values, values});
+                                         recv_scale, offsets, expert_out, y, row_values, values});          \
+  if (context.has_failed()) return;
 
 // By a rail that needs nothing else.
 #define FASTFP8_COMM_KERNEL(NAME, MOST_THREADS, ...)                                            \

@@ -61,11 +61,17 @@ struct Context {
 
   __device__ void begin_wait() { deadline = ptx::global_timer() + uint64_t{1000} * options.timeout_us; }
 
+  // Whether somebody has run out of time, now or in an earlier launch. Tables may not be made then, and rings not be
+  // where both ends think they are.
+  __device__ bool has_failed() const {
+    const uint32_t trouble = ptx::load_relaxed_gpu(tensors.state + setup.state.status);
+    return trouble == static_cast<uint32_t>(Trouble::kTimeout);
+  }
+
   // To be asked by one or more lanes each time that they find nothing to do: whether the kernel is to end. Whoever runs
   // out of time first says what for.
   __device__ bool give_up(Role role, int peer, uint32_t head, uint32_t tail) const {
-    uint32_t* const status = tensors.state + setup.state.status;
-    if (ptx::load_relaxed_gpu(status) == static_cast<uint32_t>(Trouble::kTimeout)) return true;
+    if (has_failed()) return true;
     if (ptx::global_timer() < deadline) return false;
     report(Trouble::kTimeout, role, peer, head, tail, 0);
     return true;
@@ -73,7 +79,11 @@ struct Context {
 
   __device__ void report(Trouble trouble, Role role, int peer, uint32_t head, uint32_t tail, uint32_t rows) const {
     uint32_t* const status = tensors.state + setup.state.status;
-    if (ptx::atomic_claim_gpu(status, static_cast<uint32_t>(trouble)) != 0) return;
+    const uint32_t found = ptx::atomic_replace_gpu(status, 0, static_cast<uint32_t>(trouble));
+    // The first stays, but for what nothing survives: that is told in place of what a caller may go on after.
+    if (found != 0 && (trouble != Trouble::kTimeout || found == static_cast<uint32_t>(Trouble::kTimeout) ||
+                       ptx::atomic_replace_gpu(status, found, static_cast<uint32_t>(trouble)) != found))
+      return;
     status[1] = channel, status[2] = static_cast<uint32_t>(role), status[3] = peer;
     status[4] = head, status[5] = tail, status[6] = rows;
   }

@@ -20,28 +20,40 @@ __device__ __forceinline__ uint32_t records_in_chunk(const Geometry& g, uint32_t
   return rest < static_cast<uint32_t>(g.rail_chunk) ? rest : g.rail_chunk;
 }
 
-// Tokens of this rank to the fellow in each other node, quantised on the way.
-template <Payload kPayload, class Rail>
-struct DispatchRailSend {
+// The streams of a role that writes to this rank's fellows in other nodes, or reads what they write: a chunk a message.
+template <RingKind kKind, bool kWrites, class Rail>
+struct RailStreams {
   Context& c;
   const Rail& network;
   const RoutingLayout& tables;
 
+  __device__ RingEnd end_at(int node) const { return rail(c, kKind, kWrites, node); }
   __device__ int streams() const { return c.g.nodes; }
   __device__ uint32_t records(int node) const {
-    return node == c.node ? 0 : c.table(tables.rail_out)[c.channel * c.g.nodes + node];
+    const int table = is_dispatch(kKind) == kWrites ? tables.rail_out : tables.rail_in;
+    return node == c.node ? 0 : c.table(table)[c.channel * c.g.nodes + node];
   }
   __device__ uint32_t count(int node) const { return chunks_of(c.g, records(node)); }
   __device__ bool ready(int node, uint32_t chunk) const {
-    const RingEnd end = rail(c, RingKind::kDispatchRail, true, node);
+    const RingEnd end = end_at(node);
     const Turn turn = end.turn(chunk);
-    return network.poll(end.consumed + 4 * turn.index) == turn.count;
+    if (kWrites) return network.poll(end.consumed + 4 * turn.index) == turn.count;
+    return network.poll(end.filled + 4 * turn.index) == turn.after();
   }
   __device__ bool give_up(int node, uint32_t chunk) const {
-    return c.give_up(Role::kRailSend, c.rank_of(node, c.gpu), chunk + 1, chunk);
+    const Role role = is_dispatch(kKind) && kWrites ? Role::kRailSend : Role::kRailForward;
+    return c.give_up(role, c.rank_of(node, c.gpu), chunk + 1, chunk);
   }
+};
+
+// Tokens of this rank to the fellow in each other node, quantised on the way.
+template <Payload kPayload, class Rail>
+struct DispatchRailSend : RailStreams<RingKind::kDispatchRail, true, Rail> {
+  using Streams = RailStreams<RingKind::kDispatchRail, true, Rail>;
+  using Streams::c, Streams::network, Streams::tables, Streams::records, Streams::end_at;
+
   __device__ bool run(int node, uint32_t chunk) const {
-    const RingEnd end = rail(c, RingKind::kDispatchRail, true, node);
+    const RingEnd end = end_at(node);
     const Turn turn = end.turn(chunk);
     const int64_t stage = end.stage + turn.index * end.slot_bytes;
     const int record_bytes = c.g.header_bytes() + payload_bytes(c.g, kPayload);
@@ -83,26 +95,12 @@ __device__ bool to_ranks_of_node(Context& c, Role role, int source, const Route&
 
 // What comes from this rank's fellows in other nodes, on to the ranks of this node.
 template <Payload kPayload, class Rail>
-struct DispatchRailForward {
-  Context& c;
-  const Rail& network;
-  const RoutingLayout& tables;
+struct DispatchRailForward : RailStreams<RingKind::kDispatchRail, false, Rail> {
+  using Streams = RailStreams<RingKind::kDispatchRail, false, Rail>;
+  using Streams::c, Streams::network, Streams::tables, Streams::records, Streams::end_at;
 
-  __device__ int streams() const { return c.g.nodes; }
-  __device__ uint32_t records(int node) const {
-    return node == c.node ? 0 : c.table(tables.rail_in)[c.channel * c.g.nodes + node];
-  }
-  __device__ uint32_t count(int node) const { return chunks_of(c.g, records(node)); }
-  __device__ bool ready(int node, uint32_t chunk) const {
-    const RingEnd end = rail(c, RingKind::kDispatchRail, false, node);
-    const Turn turn = end.turn(chunk);
-    return network.poll(end.filled + 4 * turn.index) == turn.after();
-  }
-  __device__ bool give_up(int node, uint32_t chunk) const {
-    return c.give_up(Role::kRailForward, c.rank_of(node, c.gpu), chunk + 1, chunk);
-  }
   __device__ bool run(int node, uint32_t chunk) const {
-    const RingEnd end = rail(c, RingKind::kDispatchRail, false, node);
+    const RingEnd end = end_at(node);
     const Turn turn = end.turn(chunk);
     const char* const data = c.window(c.rank) + end.data + turn.index * end.slot_bytes;
     const int record_bytes = c.g.header_bytes() + payload_bytes(c.g, kPayload);
