@@ -22,6 +22,7 @@ from .ops.route import Routing, route
 from .ops.swiglu_backward_quantize import SwiGluGradients, swiglu_backward_quantize
 from .ops.swiglu_quantize import swiglu_quantize
 from .packed_e5m6 import PackedE5M6
+from .recipe import Format, Recipe
 from .scaled_tensor import ScaledTensor
 
 __version__ = _C.version
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
     from . import comm
 
 __all__ = [
+    "Format",
     "Normalized",
     "PackedE5M6",
+    "Recipe",
     "Routing",
     "RowMap",
     "ScaledTensor",
