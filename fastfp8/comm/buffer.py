@@ -38,6 +38,12 @@ class Buffer:
     none of this Buffer's, is known to one rank alone. The others run into :class:`Timeout`, after which the Buffer and
     its group can only be given up.
 
+    With ``way="kernels"`` the sm_90a kernels of ``csrc/comm`` do it, and after the constructor the host waits for
+    nothing: over NVLink within a node, between nodes over NCCL's device API, for which the group must be NCCL's, the
+    library 2.30.7 or newer, and the build one with its headers. A rank that lacks something is an error of the
+    constructor on all ranks that says what. Arguments are checked on their own rank alone: one that refuses lets the
+    others run into :class:`Timeout`. No GPU has run it.
+
     Args:
         group: the process group; None for all ranks. It runs nothing else while a call does.
         hidden: a multiple of 128.
@@ -51,7 +57,7 @@ class Buffer:
             * min(top_k, num_experts / world)``.
         timeout: seconds that a call may wait for others.
         device: of all tensors; None for the CPU, or the current GPU where the group's backend is NCCL.
-        way: "collective" or "kernels".
+        way: "collective", through the process group, or "kernels".
 
     Raises:
         TypeError: an argument is of another type.
@@ -282,11 +288,15 @@ class Buffer:
         self._exchange.check()
 
     def close(self) -> None:
-        """Wait for what is in flight and end the use of this Buffer. Other ranks are not waited for."""
-        if not self._exchange.closed and self._exchange.failure is None:
-            for handle in list(self._handles):
-                handle.wait()
-        self._exchange.close()
+        """Wait for what is in flight and end the use of this Buffer. Other ranks are waited for with ``way="kernels"``
+        over several nodes only: they too must close, or what NCCL knows of them stays until the process ends."""
+        try:
+            if not self._exchange.closed and self._exchange.failure is None:
+                for handle in list(self._handles):
+                    handle.wait()
+                self._exchange.end()
+        finally:
+            self._exchange.close()
 
     @property
     def layout(self) -> Layout:

@@ -48,6 +48,9 @@ class Exchange(ABC):
             raise value_error(f"comm.Buffer.{call}", "self", expected, f"one that failed: {self.failure}")
         return self.deadline()
 
+    def end(self) -> None:  # noqa: B027  (nothing to do where ranks hold nothing together)
+        """The last call before :meth:`close`, unless something failed."""
+
     def close(self) -> None:
         self.closed = True
 

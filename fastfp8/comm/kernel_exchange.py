@@ -1,23 +1,26 @@
-"""The way by kernels: launches on the current stream, between GPUs that reach each other's memory."""
+"""The way by kernels: launches on the current stream, over NVLink within a node and NCCL's rails between nodes."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import _C
-from ..errors import check_value
+from ..errors import value_error
+from .agreement import tell
 from .collective import Rows
 from .exchange import Arrival, Exchange
 from .footprint import Layout, Memory, kernel_items
 from .kernels import KernelRouting, Kernels
 from .link import Link
+from .model import Settings
 from .preflight import Call
 from .sums import row_gradients
 from .tune import defaults
+from .windows import Windows, connect, why_not
 
 
 class _Stream:
@@ -36,9 +39,12 @@ class KernelExchange(Exchange):
 
     way = "kernels"
 
-    def __init__(self, kernels: Kernels, layout: Layout) -> None:
+    def __init__(
+        self, kernels: Kernels, layout: Layout, link: Link | None = None, windows: Windows | None = None
+    ) -> None:
+        """``link`` and ``windows``: of a Buffer's process group; None where windows are not its own to close."""
         super().__init__(layout, kernels.rank)
-        self.kernels = kernels
+        self.kernels, self.link, self.windows = kernels, link, windows
 
     def memory(self, quantize: bool) -> Memory:
         return Memory(self.way, kernel_items(self.layout, self.kernels.geometry, quantize))
@@ -48,6 +54,14 @@ class KernelExchange(Exchange):
 
     def check(self) -> None:
         self.kernels.check()
+
+    def end(self) -> None:
+        """Ranks that are connected by NCCL part together, for none may write to a window that another gave back."""
+        if self.windows is None or self.windows.connection is None or not self.kernels.survived():
+            return
+        assert self.link is not None
+        tell(self.link, "Buffer.close", [])
+        self.windows.close()
 
     def agree(self, call: Call, deadline: float, problem: Exception | None) -> None:
         if problem is not None:
@@ -108,22 +122,12 @@ class KernelExchange(Exchange):
         return _Stream(self.kernels.state.device), lambda: None
 
 
-def geometry_of(layout: Layout, num_sms: int, gpu: str) -> _C.CommGeometry:
-    """The rings of a Buffer of these sizes, by the model of :mod:`fastfp8.comm.tune`."""
-    settings = defaults(
-        layout.nodes,
-        layout.ranks_per_node,
-        layout.hidden,
-        layout.top_k,
-        gpu,
-        experts=layout.num_experts,
-        max_tokens=layout.max_tokens,
-        num_sms=num_sms,
-    )
+def geometry_of(layout: Layout, settings: Settings) -> _C.CommGeometry:
+    """The rings of a Buffer of these sizes."""
     return _C.CommGeometry(
         nodes=layout.nodes,
         gpus=layout.ranks_per_node,
-        channels=num_sms // 2,
+        channels=settings.num_sms // 2,
         experts=layout.num_experts,
         top_k=layout.top_k,
         hidden=layout.hidden,
@@ -135,24 +139,49 @@ def geometry_of(layout: Layout, num_sms: int, gpu: str) -> _C.CommGeometry:
     )
 
 
-def kernel_exchange(link: Link, layout: Layout, num_sms: int) -> KernelExchange:
-    """With windows in symmetric memory of the group, whose GPUs are all of one machine. Not run on GPUs yet."""
-    op, device = "comm.Buffer", link.device
-    check_value(device.type == "cuda", op, "way", "'collective' on a CPU; kernels run on GPUs", "'kernels'")
-    reason = _C.gemm_sm90_unusable_reason(device.index or 0)
-    check_value(reason == "", op, "way", f"'collective' here: {reason}", "'kernels'")
-    machines = "'collective' over several machines, as kernels over NCCL are not joined to Buffer yet"
-    check_value(layout.nodes == 1, op, "way", machines, "'kernels'")
-    import torch.distributed._symmetric_memory as symmetric_memory
+def settings_of(layout: Layout, num_sms: int, gpu: str) -> Settings:
+    """By the model of :mod:`fastfp8.comm.tune`."""
+    return defaults(
+        layout.nodes,
+        layout.ranks_per_node,
+        layout.hidden,
+        layout.top_k,
+        gpu,
+        experts=layout.num_experts,
+        max_tokens=layout.max_tokens,
+        num_sms=num_sms,
+    )
 
-    geometry = geometry_of(layout, num_sms, torch.cuda.get_device_name(device))
-    window = symmetric_memory.empty(geometry.window_bytes, dtype=torch.uint8, device=device)
-    handle = symmetric_memory.rendezvous(window, link.group)
-    window.zero_()
-    torch.cuda.synchronize(device)
-    dist.barrier(link.group)  # no rank writes to a window that is not zero yet
-    addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
-    state = torch.zeros(geometry.state_words, dtype=torch.int32, device=device)
-    kernels = Kernels(geometry, link.rank, addresses, state, timeout=link.timeout)
-    kernels.keeps = (window, handle)
-    return KernelExchange(kernels, layout)
+
+def kernel_exchange(link: Link, layout: Layout, num_sms: int) -> KernelExchange:
+    """All ranks with rank 0's settings, or an error on all of them. Not run on GPUs yet."""
+    problem, numbers = None, [0] * len(dataclasses.fields(Settings))
+    reason = why_not(link, layout)
+    if reason:
+        problem = value_error("comm.Buffer", "way", f"'collective' here: {reason}", "'kernels'")
+    elif link.rank == 0:
+        numbers = list(dataclasses.astuple(settings_of(layout, num_sms, gpu_name(link.device))))
+    settings = Settings(*tell(link, "Buffer: settings", numbers, problem)[0])
+    return connected(link, layout, settings)
+
+
+def connected(link: Link, layout: Layout, settings: Settings) -> KernelExchange:
+    """With windows of its own. All ranks must come, with the same settings."""
+    geometry = geometry_of(layout, settings)
+    windows = connect(link, layout, geometry)
+    state = torch.zeros(geometry.state_words, dtype=torch.int32, device=link.device)
+    kernels = Kernels(
+        geometry,
+        link.rank,
+        windows.addresses,
+        state,
+        timeout=link.timeout,
+        warps=settings.warps,
+        rail=windows.rail,
+        rail_constants=windows.rail_constants,
+    )
+    return KernelExchange(kernels, layout, link, windows)
+
+
+def gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
