@@ -57,7 +57,9 @@ def _ranks_per_node(machines: list[int]) -> int:
     return runs[0]
 
 
-def tell(link: Link, role: str, numbers: Sequence[int], problem: Exception | None = None) -> list[list[int]]:
+def tell(
+    link: Link, role: str, numbers: Sequence[int], problem: Exception | None = None, call: str = "__init__"
+) -> list[list[int]]:
     """The ``numbers`` of every rank, equally many of each. Raises, on all ranks, where one has a problem.
 
     Raises:
@@ -71,7 +73,7 @@ def tell(link: Link, role: str, numbers: Sequence[int], problem: Exception | Non
     if problem is not None:
         raise problem
     heads: list[list[int]] = rows[:, : len(head)].tolist()
-    refused = refusals("__init__", [h[0] for h in heads], rows[:, -TEXT_WORDS:].tolist())
+    refused = refusals(call, [h[0] for h in heads], rows[:, -TEXT_WORDS:].tolist())
     if refused is not None:
         raise refused
     return [h[1:] for h in heads]

@@ -5,6 +5,7 @@ NCCL is a class, or the pretended libnccl where the build has NCCL's headers. No
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,52 @@ def test_a_pretended_libnccl_is_connected(pool: Ranks, tmp_path: Path) -> None:
 def test_all_ranks_have_rank_0s_settings(pool: Ranks) -> None:
     sizes = pool.run(comm_windows.settled)
     assert len(set(sizes)) == 1
+
+
+def test_tuning_agrees_and_is_kept(pool: Ranks, tmp_path: Path) -> None:
+    """All ranks choose by the slowest; each node's first rank writes, and later Buffers take what rank 0 reads."""
+    answers = pool.run(comm_windows.tuned, str(tmp_path))
+    best = answers[0][0].settings
+    assert (best.rail_chunk, best.rail_slots, best.num_sms) == (1, 4, 8), "chunks of 2 are slow for rank 3"
+    for found, (rounds, launches, as_before, held), later in answers:
+        assert found == answers[0][0]
+        assert rounds == 4 * len(found.tried), "one not counted and three that are"
+        assert launches == 3 * rounds
+        assert as_before
+        assert held == 1, "windows of settings that were tried are given back"
+        assert {s.num_sms for s in found.tried} <= {4, 8, 12, 16}, "at most the Buffer's"
+        many, few, of_others = later
+        assert many == best
+        assert few == dataclasses.replace(best, num_sms=4)
+        assert of_others == answers[0][2][2] != best
+    files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.json"))
+    assert files == ["0/.cache/fastfp8/comm.json", "2/.cache/fastfp8/comm.json"]
+
+
+def test_tuning_that_is_refused(pool: Ranks, tmp_path: Path) -> None:
+    for rank, heard in enumerate(pool.run(comm_windows.refused_tuning, str(tmp_path))):
+        for said, words in zip(
+            heard,
+            (
+                "tune: argument 'repeats': expected 1 or more, got 0",
+                "tune: argument 'topk_idx': expected experts from 0 to below num_experts = 8, or -1, got 8",
+                "tune: argument 'topk_idx': expected at most max_tokens = 3 tokens, got 4",
+                "tune: argument 'names': expected some of ('num_sms', 'rail_chunk', 'rail_slots', 'link_slots')",
+            ),
+            strict=False,
+        ):
+            assert said.startswith("ArgumentValueError" if rank == 2 else "PeerError: fastfp8.comm.Buffer.tune")
+            assert words in said
+        assert "the same on every rank" in heard[4]
+        assert heard[5] == "4"
+
+
+def test_tuning_needs_kernels(pool: Ranks) -> None:
+    expected = (
+        "Buffer.tune: argument 'self': expected a Buffer with way='kernels', which has settings, got 'collective'"
+    )
+    for said in pool.run(comm_windows.collective_tuning):
+        assert expected in said
 
 
 def test_what_one_rank_lacks_all_are_told(pool: Ranks) -> None:
