@@ -1,5 +1,5 @@
-// A libnccl.so.2 that writes down what it is asked to do, one line a call, on stderr. It pretends to be rank 3 of two
-// nodes of two GPUs. tests/test_comm_nccl.py compiles it and lets fastfp8's nccl.cpp find it.
+// A libnccl.so.2 that writes down what it is asked to do, one line a call, on stderr. It pretends to be a rank of two
+// nodes of two GPUs, FAKE_NCCL_RANK or 3. tests/test_comm_nccl.py compiles it and lets fastfp8's nccl.cpp find it.
 #include <nccl.h>
 #include <nccl_device.h>
 
@@ -32,7 +32,7 @@ const char* ncclGetLastError(ncclComm_t) { return "the cable is pretended too"; 
 ncclResult_t ncclCommQueryProperties(ncclComm_t communicator, ncclCommProperties_t* properties) {
   std::fprintf(stderr, "properties of %zx: size %d, version %d\n", reinterpret_cast<size_t>(communicator),
                properties->size == sizeof *properties, properties->version == NCCL_VERSION_CODE);
-  properties->rank = 3, properties->nRanks = number("FAKE_NCCL_RANKS", 4);
+  properties->rank = number("FAKE_NCCL_RANK", 3), properties->nRanks = number("FAKE_NCCL_RANKS", 4);
   properties->deviceApiSupport = number("FAKE_NCCL_DEVICE_API", 1);
   properties->nLsaTeams = number("FAKE_NCCL_TEAMS", 2);
   properties->railedGinType = static_cast<ncclGinType_t>(number("FAKE_NCCL_GIN", NCCL_GIN_TYPE_PROXY));
@@ -55,8 +55,8 @@ ncclResult_t ncclDevCommCreate(ncclComm_t, const ncclDevCommRequirements_t* aske
                asked->lsaBarrierCount, asked->railGinBarrierCount, asked->worldGinBarrierCount, asked->ginForceEnable);
   if (result_of("ncclDevCommCreate") != ncclSuccess) return ncclInvalidUsage;
   *network = ncclDevComm_t{};
-  network->rank = 3, network->nRanks = 4;
-  network->lsaSize = number("FAKE_NCCL_LSA", 2), network->lsaRank = 1;
+  network->rank = number("FAKE_NCCL_RANK", 3), network->nRanks = 4;
+  network->lsaSize = number("FAKE_NCCL_LSA", 2), network->lsaRank = network->rank % 2;
   network->ginContextCount = number("FAKE_NCCL_CONTEXTS", asked->ginContextCount);
   return ncclSuccess;
 }

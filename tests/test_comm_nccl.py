@@ -140,14 +140,21 @@ class Connection:
         return said[-1], calls
 
 
+def with_headers(headers: build.Nccl) -> list[str]:
+    return ["-isystem", str(headers.include), f"-I{build.find_toolkit().include}", "-DFASTFP8_NCCL"]
+
+
+def compile_fake_nccl(folder: Path, headers: build.Nccl) -> Path:
+    shared, source = ["-shared", "-fPIC", "-Wl,-soname,libnccl.so.2"], ROOT / "tests" / "fake_libnccl.cpp"
+    return compile_program(folder / "libnccl.so.2", *shared, *with_headers(headers), source)
+
+
 @pytest.fixture(scope="module")
 def connection(headers: build.Nccl, tmp_path_factory: pytest.TempPathFactory) -> Connection:
-    folder, tests, comm = tmp_path_factory.mktemp("nccl"), ROOT / "tests", ROOT / "csrc" / "comm"
-    flags = ["-isystem", str(headers.include), f"-I{build.find_toolkit().include}", "-DFASTFP8_NCCL"]
-    shared = ["-shared", "-fPIC", "-Wl,-soname,libnccl.so.2"]
-    library = compile_program(folder / "libnccl.so.2", *shared, *flags, tests / "fake_libnccl.cpp")
-    sources = [tests / "nccl_connection.cpp", comm / "nccl.cpp", comm / "plan.cpp"]
-    return Connection(compile_program(folder / "connect", *flags, *sources, "-ldl"), library)
+    folder, comm = tmp_path_factory.mktemp("nccl"), ROOT / "csrc" / "comm"
+    library = compile_fake_nccl(folder, headers)
+    sources = [ROOT / "tests" / "nccl_connection.cpp", comm / "nccl.cpp", comm / "plan.cpp"]
+    return Connection(compile_program(folder / "connect", *with_headers(headers), *sources, "-ldl"), library)
 
 
 REGISTER, CREATE = "register 1000 {bytes} flags=1", "create signals=124 "
@@ -173,8 +180,11 @@ def test_connection_asks_for_what_the_kernels_need(connection: Connection, heade
 
 
 def test_connection_names_both_versions(connection: Connection, headers: build.Nccl) -> None:
+    said, calls = connection.error(FAKE_NCCL_VERSION="23008")
+    assert f"built with the headers of NCCL {headers.version}, the library in this process is NCCL 2.30.8" in said
+    assert calls == []
     said, calls = connection.error(FAKE_NCCL_VERSION="23005")
-    assert f"built with the headers of NCCL {headers.version}, the library in this process is NCCL 2.30.5" in said
+    assert "the rails need NCCL 2.30.7 or newer, the library in this process is NCCL 2.30.5" in said
     assert calls == []
     versioned = tuple(map(int, headers.version.split("."))) >= (2, 31)
     code, _, _ = connection.run(FAKE_NCCL_VERSION="29901")

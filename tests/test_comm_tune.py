@@ -181,3 +181,13 @@ def test_a_folder_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="settings are not kept"):
         cache.store(KEY, START)
     assert cache.load(KEY) is None
+
+
+def test_a_user_without_a_home_has_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert Cache().load(KEY) is None
+    with pytest.warns(UserWarning, match="settings are not kept"):
+        Cache().store(KEY, START)

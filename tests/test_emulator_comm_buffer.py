@@ -19,7 +19,7 @@ import fastfp8
 from fastfp8 import _C
 from fastfp8.comm import Buffer, Overflow
 from fastfp8.comm.footprint import Layout
-from fastfp8.comm.kernel_exchange import KernelExchange, geometry_of
+from fastfp8.comm.kernel_exchange import KernelExchange, geometry_of, settings_of
 from fastfp8.comm.kernels import Kernels
 from fastfp8.reference import comm as oracle
 
@@ -148,13 +148,13 @@ def test_memory() -> None:
     assert memory.held_by("buffer") == node.windows[0].numel() + 4 * g.state_words + 8 * g.ranks
     assert "window" in str(memory)
     layout = Layout(8, 7168, 256, 8, 4096, 8, 8 * 4096 * 8)
-    assert geometry_of(layout, 20, "NVIDIA H200").window_bytes < 2 << 30
+    assert geometry_of(layout, settings_of(layout, 20, "NVIDIA H200")).window_bytes < 2 << 30
 
 
 def test_kernels_need_gpus() -> None:
     with pytest.raises(ValueError, match="'collective' or 'kernels', got"):
         Buffer(_any_group(), hidden=128, num_experts=1, top_k=1, max_tokens=1, way="nccl")
-    with pytest.raises(ValueError, match="'collective' on a CPU; kernels run on GPUs"):
+    with pytest.raises(ValueError, match="expected 'collective' here: kernels run on GPUs, the Buffer is on a CPU"):
         Buffer(_any_group(), hidden=128, num_experts=1, top_k=1, max_tokens=1, way="kernels")
 
 

@@ -28,6 +28,7 @@ namespace {
 
 // From here on a structure says which version it is of, and a newer library takes it.
 constexpr int kVersioned = NCCL_VERSION(2, 31, 0);
+constexpr int kOldest = NCCL_VERSION(2, 30, 7);
 
 struct Functions {
 #define X(NAME) decltype(&::NAME) NAME = nullptr;
@@ -56,6 +57,12 @@ Library open_library() {
   call.ncclGetVersion = reinterpret_cast<decltype(&::ncclGetVersion)>(dlsym(opened, "ncclGetVersion"));
   int version = 0;
   if (call.ncclGetVersion != nullptr) call.ncclGetVersion(&version);
+  if (version < kOldest) {
+    library.unusable = "the rails need NCCL " + version_name(kOldest) +
+                       " or newer, the library in this process is NCCL " + version_name(version) +
+                       "; torch 2.14 and newer bring one that serves";
+    return library;
+  }
   if (version != NCCL_VERSION_CODE && (NCCL_VERSION_CODE < kVersioned || version < NCCL_VERSION_CODE)) {
     library.unusable = "fastfp8 was built with the headers of NCCL " + headers_version() +
                        ", the library in this process is NCCL " + version_name(version) +
@@ -181,7 +188,8 @@ Connection::Connection(uint64_t communicator, const Geometry& geometry, uint64_t
   }
 }
 
-Connection::~Connection() { state_->disconnect(); }
+// Not on all ranks at the same time: what close() has not given back stays until the communicator ends.
+Connection::~Connection() = default;
 
 void Connection::close() { state_->check(state_->disconnect(), "closing the rails"); }
 

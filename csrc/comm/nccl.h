@@ -28,7 +28,8 @@ class Connection {
   Connection(uint64_t communicator, const Geometry& geometry, uint64_t address);
   ~Connection();
 
-  // Gives back what the constructor took. By all ranks, after the last kernel on each of them has ended.
+  // Gives back what the constructor took. By all ranks, after the last kernel on each of them has ended. Without it
+  // that stays until the communicator ends.
   void close();
 
   // NcclConstants (nccl_constants.h), for RailPlan.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +57,28 @@ def _ranks_per_node(machines: list[int]) -> int:
     return runs[0]
 
 
+def tell(
+    link: Link, role: str, numbers: Sequence[int], problem: Exception | None = None, call: str = "__init__"
+) -> list[list[int]]:
+    """The ``numbers`` of every rank, equally many of each. Raises, on all ranks, where one has a problem.
+
+    Raises:
+        Exception: ``problem``, this rank's.
+        PeerError: another's.
+        Timeout: a rank did not come.
+    """
+    head = [int(problem is not None), *numbers]
+    row = torch.tensor(head + text_words(str(problem) if problem else ""))
+    rows = link.gather(row, role, link.deadline())
+    if problem is not None:
+        raise problem
+    heads: list[list[int]] = rows[:, : len(head)].tolist()
+    refused = refusals(call, [h[0] for h in heads], rows[:, -TEXT_WORDS:].tolist())
+    if refused is not None:
+        raise refused
+    return [h[1:] for h in heads]
+
+
 def agree(link: Link, sizes: Sizes) -> Layout:
     """Raise, on all ranks, unless all gave the same sizes, and these fit."""
     problem = None
@@ -64,19 +87,11 @@ def agree(link: Link, sizes: Sizes) -> Layout:
         numbers = [-1 if size is None else int(size) for size in sizes]
     except (TypeError, ValueError) as error:
         problem, numbers = error, [0] * len(sizes)
-    head = [int(problem is not None), _machine(), *numbers]
-    row = torch.tensor(head + text_words(str(problem) if problem else ""))
-    rows = link.gather(row, "Buffer: sizes", link.deadline())
-    if problem is not None:
-        raise problem
-    heads: list[list[int]] = rows[:, : len(head)].tolist()
-    refused = refusals("__init__", [h[0] for h in heads], rows[:, -TEXT_WORDS:].tolist())
-    if refused is not None:
-        raise refused
-    for place, name in enumerate(Sizes._fields, 2):
-        given = [None if h[place] < 0 else h[place] for h in heads]
+    told = tell(link, "Buffer: sizes", [_machine(), *numbers], problem)
+    for place, name in enumerate(Sizes._fields, 1):
+        given = [None if row[place] < 0 else row[place] for row in told]
         if len(set(given)) > 1:
             raise value_error(_OP, name, "the same on every rank", f"{given} of ranks 0 to {link.world - 1}")
     if sizes.ranks_per_node is None:
-        sizes = sizes._replace(ranks_per_node=_ranks_per_node([h[1] for h in heads]))
+        sizes = sizes._replace(ranks_per_node=_ranks_per_node([row[0] for row in told]))
     return _checked(sizes, link.world)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,25 @@ class Arguments:
         if topk_weights is not None:
             check_tensor(topk_weights, op, "topk_weights", (torch.float32,))
             self._check_slots(op, "topk_weights", topk_weights, tokens)
+
+    def wrong_tuning(self, topk_idx: Tensor | None, names: Sequence[str] | None, repeats: int) -> Exception | None:
+        from .tune import CHOICES  # with the model: 0.1 s
+
+        op, most = f"{_OP}.tune", self._layout.max_tokens
+        try:
+            check_type(repeats, int, op, "repeats", "an int")
+            check_value(repeats > 0, op, "repeats", "1 or more", repeats)
+            fits = names is None or set(names) <= set(CHOICES)
+            check_value(fits, op, "names", f"some of {tuple(CHOICES)}", names)
+            if topk_idx is not None:
+                check_tensor(topk_idx, op, "topk_idx", INDEX_DTYPES)
+                tokens = len(topk_idx)
+                check_value(tokens <= most, op, "topk_idx", f"at most max_tokens = {most} tokens", tokens)
+                self._check_slots(op, "topk_idx", topk_idx, tokens)
+                self._check_experts(op, topk_idx)
+        except (TypeError, ValueError) as error:
+            return error
+        return None
 
     def _check_experts(self, op: str, topk_idx: Tensor) -> None:
         bad = ((topk_idx < -1) | (topk_idx >= self._layout.num_experts)).nonzero()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,10 @@ from .footprint import Layout, Memory
 from .handle import Handle
 from .link import Link
 from .preflight import Call
+
+if TYPE_CHECKING:
+    from .model import Settings
+    from .tune import Tuned
 
 _OP = "comm.Buffer"
 
@@ -38,6 +43,12 @@ class Buffer:
     none of this Buffer's, is known to one rank alone. The others run into :class:`Timeout`, after which the Buffer and
     its group can only be given up.
 
+    With ``way="kernels"`` the sm_90a kernels of ``csrc/comm`` do it, and after the constructor the host waits for
+    nothing: over NVLink within a node, between nodes over NCCL's device API, for which the group must be NCCL's, the
+    library 2.30.7 or newer, and the build one with its headers. A rank that lacks something is an error of the
+    constructor on all ranks that says what. Arguments are checked on their own rank alone: one that refuses lets the
+    others run into :class:`Timeout`. No GPU has run it.
+
     Args:
         group: the process group; None for all ranks. It runs nothing else while a call does.
         hidden: a multiple of 128.
@@ -46,12 +57,13 @@ class Buffer:
         max_tokens: the most that a rank may dispatch at once.
         ranks_per_node: a divisor of the number of ranks. It decides where combine rounds. None: the ranks of a machine
             are a node, where these are equally many neighbours.
-        num_sms: how many SMs kernels may use, an even number; the process group's collectives take no notice.
+        num_sms: how many SMs kernels may use, an even number: all, or fewer where :meth:`tune` found that these do. The
+            process group's collectives take no notice.
         capacity: rows of ``recv``. None: as many as can come while no token names an expert twice, ``world * max_tokens
             * min(top_k, num_experts / world)``.
         timeout: seconds that a call may wait for others.
         device: of all tensors; None for the CPU, or the current GPU where the group's backend is NCCL.
-        way: "collective" or "kernels".
+        way: "collective", through the process group, or "kernels".
 
     Raises:
         TypeError: an argument is of another type.
@@ -277,21 +289,59 @@ class Buffer:
         """What is allocated on a rank, to be printed; :func:`fastfp8.comm.memory` says it before there is a Buffer."""
         return self._exchange.memory(quantize)
 
+    def tune(self, topk_idx: Tensor | None = None, *, names: Sequence[str] | None = None, repeats: int = 5) -> Tuned:
+        """Measure dispatch and combine with other rings and numbers of SMs, and keep what is best for later Buffers.
+
+        Every rank must come. Each setting gets windows of its own, and counts with the time of the slowest rank, so all
+        ranks find the same. The first rank of each node writes it to ``~/.cache/fastfp8/comm.json``, by nodes, ranks,
+        ``hidden``, ``top_k`` and name of the GPU; a Buffer takes what rank 0 reads there, and of its number of SMs at
+        most ``num_sms``. This Buffer, its handles and CUDA graphs stay as they are. Untuned, a model chooses
+        (:mod:`fastfp8.comm.tune`). It has not run on GPUs.
+
+        Args:
+            topk_idx: int32 or int64 [T, top_k]: the routing to measure with; None for ``max_tokens`` at random.
+            names: what to try, one after the other: "rail_chunk", "rail_slots", "link_slots", "num_sms"; None for all
+                that these nodes have.
+            repeats: rounds of each setting, whose median counts.
+
+        Returns:
+            The settings, their seconds, and those of all that were tried; ``print`` shows them.
+
+        Raises:
+            ValueError: ``way="collective"``, which has no settings; this rank's arguments do not fit; or ranks gave
+                different ones.
+            TypeError: they are of another type.
+            PeerError: another rank's do not fit, or it cannot connect its windows.
+            Timeout: a rank did not answer.
+        """
+        self._start("tune", None, optional=True)
+        problem = self._arguments.wrong_tuning(topk_idx, names, repeats)
+        return self._exchange.tune(topk_idx, names, repeats, problem)
+
     def check(self) -> None:
         """Raise what kernels have reported so far, for which the host waits; nothing with ``way="collective"``."""
         self._exchange.check()
 
     def close(self) -> None:
-        """Wait for what is in flight and end the use of this Buffer. Other ranks are not waited for."""
-        if not self._exchange.closed and self._exchange.failure is None:
-            for handle in list(self._handles):
-                handle.wait()
-        self._exchange.close()
+        """Wait for what is in flight and end the use of this Buffer. Other ranks are waited for with ``way="kernels"``
+        over several nodes only: they too must close, or what NCCL knows of them stays until the process ends."""
+        try:
+            if not self._exchange.closed and self._exchange.failure is None:
+                for handle in list(self._handles):
+                    handle.wait()
+                self._exchange.end()
+        finally:
+            self._exchange.close()
 
     @property
     def layout(self) -> Layout:
         """The sizes that all ranks agreed on."""
         return self._exchange.layout
+
+    @property
+    def settings(self) -> Settings | None:
+        """Rings and SMs of its kernels; None with ``way="collective"``."""
+        return self._exchange.settings
 
     def __enter__(self) -> Buffer:
         return self

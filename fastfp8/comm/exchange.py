@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,10 @@ from .footprint import Layout, Memory, memory_of
 from .link import Link
 from .preflight import Call, preflight
 from .sums import row_gradients
+
+if TYPE_CHECKING:
+    from .model import Settings
+    from .tune import Tuned
 
 
 class Landing(Protocol):
@@ -39,6 +43,11 @@ class Exchange(ABC):
     def __init__(self, layout: Layout, rank: int) -> None:
         self.layout, self.rank = layout, rank
 
+    @property
+    def settings(self) -> Settings | None:
+        """What :meth:`tune` could better."""
+        return None
+
     def start(self, call: str) -> float:
         """The deadline of a call that begins. Raises where none can."""
         if self.closed:
@@ -47,6 +56,15 @@ class Exchange(ABC):
             expected = "a Buffer whose ranks all answer"
             raise value_error(f"comm.Buffer.{call}", "self", expected, f"one that failed: {self.failure}")
         return self.deadline()
+
+    def tune(
+        self, topk_idx: Tensor | None, names: Sequence[str] | None, repeats: int, problem: Exception | None
+    ) -> Tuned:
+        """Find better settings, where there are any."""
+        raise value_error("comm.Buffer.tune", "self", "a Buffer with way='kernels', which has settings", repr(self.way))
+
+    def end(self) -> None:  # noqa: B027  (nothing to do where ranks hold nothing together)
+        """The last call before :meth:`close`, unless something failed."""
 
     def close(self) -> None:
         self.closed = True

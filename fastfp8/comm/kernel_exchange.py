@@ -1,23 +1,29 @@
-"""The way by kernels: launches on the current stream, between GPUs that reach each other's memory."""
+"""The way by kernels: launches on the current stream, over NVLink within a node and NCCL's rails between nodes."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import _C
-from ..errors import check_value
+from ..errors import check_value, value_error
+from .agreement import tell
 from .collective import Rows
 from .exchange import Arrival, Exchange
 from .footprint import Layout, Memory, kernel_items
 from .kernels import KernelRouting, Kernels
 from .link import Link
+from .model import Settings, Shape, ring_bytes
 from .preflight import Call
 from .sums import row_gradients
-from .tune import defaults
+from .trial import Trial, random_routing
+from .tune import CHOICES, MOST_BYTES, RINGS, RINGS_OF_ONE_NODE, Cache, Key, Tuned, defaults, sweep
+from .windows import Windows, connect, why_not
 
 
 class _Stream:
@@ -31,14 +37,30 @@ class _Stream:
             self._event.wait()
 
 
+@dataclass(frozen=True)
+class Joined:
+    """What a Buffer's kernels have of its process group."""
+
+    link: Link
+    windows: Windows
+    settings: Settings
+    num_sms: int
+    """The most that they may have."""
+
+
 class KernelExchange(Exchange):
     """Launches of one rank's kernels."""
 
     way = "kernels"
 
-    def __init__(self, kernels: Kernels, layout: Layout) -> None:
+    def __init__(self, kernels: Kernels, layout: Layout, joined: Joined | None = None) -> None:
+        """``joined``: None where windows are another's, and nothing can be tuned."""
         super().__init__(layout, kernels.rank)
-        self.kernels = kernels
+        self.kernels, self.joined = kernels, joined
+
+    @property
+    def settings(self) -> Settings | None:
+        return None if self.joined is None else self.joined.settings
 
     def memory(self, quantize: bool) -> Memory:
         return Memory(self.way, kernel_items(self.layout, self.kernels.geometry, quantize))
@@ -48,6 +70,44 @@ class KernelExchange(Exchange):
 
     def check(self) -> None:
         self.kernels.check()
+
+    def end(self) -> None:
+        """Ranks that are connected by NCCL part together, for none may write to a window that another gave back."""
+        joined = self.joined
+        if joined is None or joined.windows.connection is None or not self.kernels.survived():
+            return
+        tell(joined.link, "Buffer.close", [], call="close")
+        joined.windows.close()
+
+    def tune(
+        self, topk_idx: Tensor | None, names: Sequence[str] | None, repeats: int, problem: Exception | None
+    ) -> Tuned:
+        joined, layout = self.joined, self.layout
+        assert joined is not None
+        link, start = joined.link, joined.settings
+        if names is None:
+            names = (*(RINGS_OF_ONE_NODE if layout.nodes == 1 else RINGS), "num_sms")
+        # The same number of numbers on every rank.
+        asked = [names.index(name) if problem is None and name in names else -1 for name in CHOICES]
+        told = tell(link, "Buffer.tune: arguments", [0 if problem else repeats, *asked], problem, "tune")
+        same = all(row == told[0] for row in told)
+        check_value(same, "comm.Buffer.tune", "names", "these and repeats the same on every rank", (names, repeats))
+        if topk_idx is None:
+            topk_idx = random_routing(layout, link.rank)
+        shape = Shape(layout.nodes, layout.ranks_per_node, hidden=layout.hidden, top_k=layout.top_k)
+        most = max(MOST_BYTES, ring_bytes(shape, start))
+
+        def fits(settings: Settings) -> bool:
+            return settings.num_sms <= joined.num_sms and ring_bytes(shape, settings) <= most
+
+        def trying(settings: Settings) -> KernelExchange:
+            return connected(link, layout, settings, joined.num_sms)
+
+        with Trial(link, layout, topk_idx.to(link.device), trying) as trial:
+            found = sweep(trial, start, names, repeats=repeats, fits=fits)
+        if link.rank % layout.ranks_per_node == 0:  # nodes may have homes of their own
+            Cache().store(key_of(layout, gpu_name(link.device)), found.settings)
+        return found
 
     def agree(self, call: Call, deadline: float, problem: Exception | None) -> None:
         if problem is not None:
@@ -108,22 +168,12 @@ class KernelExchange(Exchange):
         return _Stream(self.kernels.state.device), lambda: None
 
 
-def geometry_of(layout: Layout, num_sms: int, gpu: str) -> _C.CommGeometry:
-    """The rings of a Buffer of these sizes, by the model of :mod:`fastfp8.comm.tune`."""
-    settings = defaults(
-        layout.nodes,
-        layout.ranks_per_node,
-        layout.hidden,
-        layout.top_k,
-        gpu,
-        experts=layout.num_experts,
-        max_tokens=layout.max_tokens,
-        num_sms=num_sms,
-    )
+def geometry_of(layout: Layout, settings: Settings) -> _C.CommGeometry:
+    """The rings of a Buffer of these sizes."""
     return _C.CommGeometry(
         nodes=layout.nodes,
         gpus=layout.ranks_per_node,
-        channels=num_sms // 2,
+        channels=settings.num_sms // 2,
         experts=layout.num_experts,
         top_k=layout.top_k,
         hidden=layout.hidden,
@@ -135,24 +185,56 @@ def geometry_of(layout: Layout, num_sms: int, gpu: str) -> _C.CommGeometry:
     )
 
 
-def kernel_exchange(link: Link, layout: Layout, num_sms: int) -> KernelExchange:
-    """With windows in symmetric memory of the group, whose GPUs are all of one machine. Not run on GPUs yet."""
-    op, device = "comm.Buffer", link.device
-    check_value(device.type == "cuda", op, "way", "'collective' on a CPU; kernels run on GPUs", "'kernels'")
-    reason = _C.gemm_sm90_unusable_reason(device.index or 0)
-    check_value(reason == "", op, "way", f"'collective' here: {reason}", "'kernels'")
-    machines = "'collective' over several machines, as kernels over NCCL are not joined to Buffer yet"
-    check_value(layout.nodes == 1, op, "way", machines, "'kernels'")
-    import torch.distributed._symmetric_memory as symmetric_memory
+def key_of(layout: Layout, gpu: str) -> Key:
+    return Key(layout.nodes, layout.world, layout.hidden, layout.top_k, gpu)
 
-    geometry = geometry_of(layout, num_sms, torch.cuda.get_device_name(device))
-    window = symmetric_memory.empty(geometry.window_bytes, dtype=torch.uint8, device=device)
-    handle = symmetric_memory.rendezvous(window, link.group)
-    window.zero_()
-    torch.cuda.synchronize(device)
-    dist.barrier(link.group)  # no rank writes to a window that is not zero yet
-    addresses = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
-    state = torch.zeros(geometry.state_words, dtype=torch.int32, device=device)
-    kernels = Kernels(geometry, link.rank, addresses, state, timeout=link.timeout)
-    kernels.keeps = (window, handle)
-    return KernelExchange(kernels, layout)
+
+def settings_of(layout: Layout, num_sms: int, gpu: str) -> Settings:
+    """What :meth:`fastfp8.comm.Buffer.tune` found for such ranks; else the model's, of :mod:`fastfp8.comm.tune`."""
+    found = Cache().load(key_of(layout, gpu))
+    if found is not None:
+        return dataclasses.replace(found, num_sms=min(found.num_sms, num_sms))
+    return defaults(
+        layout.nodes,
+        layout.ranks_per_node,
+        layout.hidden,
+        layout.top_k,
+        gpu,
+        experts=layout.num_experts,
+        max_tokens=layout.max_tokens,
+        num_sms=num_sms,
+    )
+
+
+def kernel_exchange(link: Link, layout: Layout, num_sms: int) -> KernelExchange:
+    """All ranks with rank 0's settings, or an error on all of them. Not run on GPUs yet."""
+    problem, numbers = None, [0] * len(dataclasses.fields(Settings))
+    reason = why_not(link, layout)
+    if reason:
+        problem = value_error("comm.Buffer", "way", f"'collective' here: {reason}", "'kernels'")
+    elif link.rank == 0:
+        numbers = list(dataclasses.astuple(settings_of(layout, num_sms, gpu_name(link.device))))
+    settings = Settings(*tell(link, "Buffer: settings", numbers, problem)[0])
+    return connected(link, layout, settings, num_sms)
+
+
+def connected(link: Link, layout: Layout, settings: Settings, num_sms: int) -> KernelExchange:
+    """With windows of its own. All ranks must come, with the same settings."""
+    geometry = geometry_of(layout, settings)
+    windows = connect(link, layout, geometry)
+    state = torch.zeros(geometry.state_words, dtype=torch.int32, device=link.device)
+    kernels = Kernels(
+        geometry,
+        link.rank,
+        windows.addresses,
+        state,
+        timeout=link.timeout,
+        warps=settings.warps,
+        rail=windows.rail,
+        rail_constants=windows.rail_constants,
+    )
+    return KernelExchange(kernels, layout, Joined(link, windows, settings, num_sms))
+
+
+def gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)

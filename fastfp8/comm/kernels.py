@@ -93,7 +93,6 @@ class Kernels:
         self.timeout, self.launch = timeout, launch
         self._how: dict[str, Any] = {"warps": warps, "rail": rail, "rail_constants": rail_constants}
         self._seen = torch.zeros(STATUS_WORDS, dtype=torch.int32, pin_memory=state.is_cuda)
-        self.keeps: tuple[object, ...] = ()  # what must live as long as the windows are used
 
     def exchange(self, topk_idx: Tensor, topk_weights: Tensor | None) -> KernelRouting:
         """The routing of [T, top_k] indices. All ranks must come."""
@@ -150,6 +149,14 @@ class Kernels:
         call = self._call(routing, sums=False, values=True)
         self._bring_back(call, routing, {"row_values": row_values.contiguous(), "values": values})
         return values
+
+    def survived(self) -> bool:
+        """Wait for the GPU; whether nobody ran out of time."""
+        if self.state.is_cuda:
+            torch.cuda.synchronize(self.state.device)
+        self._seen.copy_(self._status())
+        found = self._found()
+        return found is None or found["trouble"] != "timeout"
 
     def check(self) -> None:
         """Raise what the kernels have reported so far. Waits for the GPU."""

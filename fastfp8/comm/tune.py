@@ -30,6 +30,8 @@ CHOICES: dict[str, tuple[int, ...]] = {
     "rail_slots": (2, 4, 8),
     "link_slots": (1, 2, 4, 8, 16, 32),
 }
+#: Those of CHOICES that are of rings; without rails.
+RINGS, RINGS_OF_ONE_NODE = ("rail_chunk", "rail_slots", "link_slots"), ("link_slots",)
 #: Fewer SMs, which the GEMMs have then, are worth so much time; smaller rings so much.
 WORTH = {"num_sms": 1.05, "rail_chunk": 1.01, "rail_slots": 1.01, "link_slots": 1.01}
 #: Rings of a rank, in bytes, unless the smallest are larger.
@@ -85,8 +87,8 @@ def defaults(
 
     sms = num_sms or next(n for n in (20, 12, 4) if n == 4 or fits(Settings(n, *STARTS[-1])))
     start = next((s for s in (Settings(sms, *rings) for rings in STARTS) if fits(s)), Settings(sms, *STARTS[-1]))
-    slots = ("rail_slots", "link_slots") if nodes > 1 else ("link_slots",)
-    names = ("rail_chunk", *slots) if nodes > 1 else slots
+    names = RINGS if nodes > 1 else RINGS_OF_ONE_NODE
+    slots = [name for name in names if name != "rail_chunk"]
     settings = descend(seconds, start, names if num_sms else ("num_sms", *names), fits)
     for name in (*slots, *slots):
         more = dataclasses.replace(settings, **{name: 2 * getattr(settings, name)})
@@ -169,12 +171,15 @@ class Key:
 class Cache:
     """Settings by :class:`Key` in a JSON file, by default in the user's cache directory.
 
-    A file that is missing, or that something else wrote, is an empty one. A write replaces the file as a whole, so a
-    reader never sees a part of it; of two writers at once the later one's file stays.
+    A file that is missing, or that something else wrote, is an empty one; a user without a home has none. A write
+    replaces the file as a whole, so a reader never sees a part of it; of two writers at once the later's file stays.
     """
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path or Path.home() / ".cache" / "fastfp8" / "comm.json"
+        if path is None:
+            with contextlib.suppress(RuntimeError):  # a user without a home
+                path = Path.home() / ".cache" / "fastfp8" / "comm.json"
+        self.path = path or Path(os.devnull) / "comm.json"
 
     def load(self, key: Key) -> Settings | None:
         return _settings(self._entries().get(str(key)))
