@@ -82,6 +82,10 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
       "Tensor(a!)? error=None, Tensor? weight=None, float? limit=None, bool pow2=False, float eps=0.0, "
       "bool return_gate_up=False) -> (Tensor, Tensor, Tensor)");
   library.def(
+      "gemm_swiglu_quantize.counted(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? offsets=None, "
+      "Tensor(a!)? error=None, Tensor? weight=None, float? limit=None, bool pow2=False, float eps=0.0, "
+      "bool return_gate_up=False, *, Tensor(b!) counters) -> (Tensor, Tensor, Tensor)");
+  library.def(
       "grouped_wgrad(Tensor grad_t, Tensor grad_t_scale, Tensor input_t, Tensor input_t_scale, Tensor offsets, "
       "Tensor(a!)? error, ScalarType out_dtype=float) -> Tensor");
   // Returns nothing, as torch.compile wants it of an op that writes an argument.
@@ -133,8 +137,8 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
       "Tensor(a!)? error, ScalarType out_dtype=bfloat16) -> Tensor");
   library.def(
       "_gemm_swiglu_quantize_triton(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? offsets, "
-      "Tensor(a!)? error, Tensor? weight, float? limit, bool pow2, float eps, bool return_gate_up) -> "
-      "(Tensor, Tensor, Tensor)");
+      "Tensor(a!)? error, Tensor? weight, float? limit, bool pow2, float eps, bool return_gate_up, "
+      "Tensor(b!)? counters=None) -> (Tensor, Tensor, Tensor)");
   library.def(
       "_grouped_wgrad_triton(Tensor grad_t, Tensor grad_t_scale, Tensor input_t, Tensor input_t_scale, Tensor offsets, "
       "Tensor(a!)? error, Tensor(b!) out, bool accumulate) -> ()");
