@@ -121,10 +121,11 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
       "requantize_e5m6.counted(Tensor words, Tensor scale, SymInt cols, bool per_row=False, bool pow2=True, *, "
       "Tensor(a!) counters) -> (Tensor, Tensor)");
   // A step of AdamW, in place. Of a parameter `masters` has none or one, `fp8` none or four: data, scale, both turned.
+  // `counters` has none, or one for each parameter in FP8.
   library.def(
       "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs, "
-      "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] fp8, int[] indices, int step, float lr, float[2] betas, float eps, "
-      "float weight_decay, bool stochastic_rounding=False, int seed=0) -> ()");
+      "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] fp8, Tensor(f!)[] counters, int[] indices, int step, float lr, "
+      "float[2] betas, float eps, float weight_decay, bool stochastic_rounding=False, int seed=0) -> ()");
   // The same on a CUDA device that is not sm_90, arguments checked already: the ops above hand over to these.
   library.def(
       "_gemm_triton(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, int[2] b_block, ScalarType out_dtype, "
