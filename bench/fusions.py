@@ -261,7 +261,7 @@ def adamw(fp8: bool, rows: int, cols: int) -> Fusion:
     copies: list[Tensor] = []
     for shape in ((rows, cols), (cols, rows)) if fp8 else ():
         copies += [torch.empty(shape, dtype=torch.float8_e4m3fn), torch.empty(scale_shape_of(shape, (BLOCK, BLOCK)))]
-    lists = ([master.bfloat16()], [grad], [master], *([t] for t in moments), copies, [0])
+    lists = ([master.bfloat16()], [grad], [master], *([t] for t in moments), copies, [], [0])
     step, *numbers = ADAMW
     steps = {"update": 4.0 * n + 2 * (4 + 2 + 2) * n, "cast to BF16": 6.0 * n}
     return Fusion(

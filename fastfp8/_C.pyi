@@ -85,7 +85,13 @@ class GemmProblem:
         machine: str = "H100",
     ) -> GemmProblem: ...
     def with_swiglu(
-        self, weight: TensorView | None, limit: float | None, pow2: bool, eps: float, gate_up: bool
+        self,
+        weight: TensorView | None,
+        limit: float | None,
+        pow2: bool,
+        eps: float,
+        gate_up: bool,
+        counters: TensorView | None = None,
     ) -> GemmProblem: ...
     @property
     def groups(self) -> int: ...

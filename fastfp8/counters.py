@@ -1,9 +1,9 @@
 """Counts of what quantisation did to values: how they are kept, and what each of them counts.
 
 A tensor of counters is int64 [LANES, 5], and the counts are the sums of its columns (FIELDS). A program of a kernel
-adds to row ``program % LANES``, one integer atomic a count for all that it quantises at a time, so that not all of them
-meet at one address; sums of integers do not depend on their order. With ``p = x * multiplier``, the FP32 product that
-is rounded to a code:
+adds to row ``program % LANES``, one integer atomic a count for all that it quantises at a time (in CUDA C++, that one of
+its warps does), so that not all of them meet at one address; sums of integers do not depend on their order. With
+``p = x * multiplier``, the FP32 product that is rounded to a code:
 
 ============ ========================================================== ===========================================
 field        elements                                                   so that
@@ -17,12 +17,10 @@ nonfinite    ``x`` is an infinity or a NaN
 ============ ========================================================== ===========================================
 
 The scale of a block comes from its own amax, so that no finite value saturates: of these ops ``saturated`` counts the
-infinities. An ``x`` that another op computes first, as SwiGLU, is its FP32 result.
+infinities. An ``x`` that another op computes first, as SwiGLU, is its FP32 result; of AdamW it is the new master weight.
 """
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,7 +53,10 @@ def check_counters(op: str, counters: object, like: Tensor, like_name: str, name
 
 
 class Counted:
-    """A module whose quantisations can be counted, each by its role in ``ROLES``: see :mod:`fastfp8.numerics`."""
+    """A module or an optimizer whose quantisations can be counted, each by its role: see :mod:`fastfp8.numerics`."""
 
-    ROLES: ClassVar[tuple[str, ...]] = ()
     counters: dict[str, Tensor] | None = None
+
+    def roles(self) -> dict[str, torch.device]:
+        """What can be counted, and on which device each is quantised."""
+        raise NotImplementedError

@@ -8,12 +8,13 @@ for the device. See :mod:`fastfp8.counters` for what exactly is counted::
         train(model, batch)
         if step % 100 == 0:
             fastfp8.numerics.report(model)  # of the steps since the last report
+
+The same of a :class:`fastfp8.optim.AdamW` with ``emit_fp8`` counts the weights that its steps write in FP8.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from typing import NamedTuple, TextIO
 
 import torch
@@ -48,46 +49,47 @@ def totals(counters: Tensor) -> Counts:
     return Counts(*counters.sum(0).tolist())
 
 
-def start(model: torch.nn.Module) -> None:
-    """Count from here on in every FP8 module of ``model``, from zero; on the device of its weights.
+def start(model: torch.nn.Module | torch.optim.Optimizer) -> None:
+    """Count from here on in every FP8 module of ``model``, or in an optimizer, from zero; on the device of the weights.
 
-    A module that moves to another device must be started again.
+    A module that moves to another device must be started again, and an optimizer that gets further parameters.
 
     Raises:
-        TypeError: ``model`` is no Module.
+        TypeError: ``model`` is no Module and no fastfp8.optim.AdamW.
     """
     for _, module in _counted("start", model):
-        assert isinstance(module, torch.nn.Module)
-        device = next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
-        module.counters = {role: new_counters(device) for role in module.ROLES}
+        module.counters = {role: new_counters(device) for role, device in module.roles().items()}
 
 
-def stop(model: torch.nn.Module) -> None:
+def stop(model: torch.nn.Module | torch.optim.Optimizer) -> None:
     """Count no more, and forget what was counted.
 
     Raises:
-        TypeError: ``model`` is no Module.
+        TypeError: as of :func:`start`.
     """
     for _, module in _counted("stop", model):
         module.counters = None
 
 
-def report(model: torch.nn.Module, *, file: TextIO | None = None, reset: bool = True) -> dict[str, dict[str, Counts]]:
+def report(
+    model: torch.nn.Module | torch.optim.Optimizer, *, file: TextIO | None = None, reset: bool = True
+) -> dict[str, dict[str, Counts]]:
     """Print what was counted in each FP8 module of ``model``, by the role of what was quantised; wait for the device.
 
     The first report of a model that was not started starts it, and has nothing to tell yet.
 
     Args:
-        model: a Module with :class:`fastfp8.nn.Linear` in it.
+        model: a Module with :class:`fastfp8.nn.Linear` in it, or a :class:`fastfp8.optim.AdamW`.
         file: where to print; None is standard output.
         reset: begin again from zero.
 
     Returns:
         The counts by the module's name and by role ("activation", "weight", "gradient", and the first and the last
-        "transposed" for Wgrad), where anything was counted.
+        "transposed" for Wgrad), where anything was counted. Of an optimizer, named as its class is, a role is a
+        parameter: by the name that the optimizer was given, else by its place among all.
 
     Raises:
-        TypeError: ``model`` is no Module.
+        TypeError: as of :func:`start`.
     """
     modules = list(_counted("report", model))
     found: dict[str, dict[str, Counts]] = {}
@@ -102,19 +104,23 @@ def report(model: torch.nn.Module, *, file: TextIO | None = None, reset: bool = 
     elif reset:
         for _, _, counters in kept:
             counters.zero_()
-    _print(found, len(modules), file or sys.stdout)
+    where = f"{len(modules)} FP8 modules" if isinstance(model, torch.nn.Module) else modules[0][0]
+    _print(found, where, file or sys.stdout)
     return found
 
 
-def _counted(op: str, model: torch.nn.Module) -> Iterable[tuple[str, Counted]]:
-    check_type(model, torch.nn.Module, f"numerics.{op}", "model", "a torch.nn.Module")
-    modules = ((name or type(model).__name__, module) for name, module in model.named_modules())
-    return [(name, module) for name, module in modules if isinstance(module, Counted)]
+def _counted(op: str, model: torch.nn.Module | torch.optim.Optimizer) -> list[tuple[str, Counted]]:
+    own = type(model).__name__
+    if isinstance(model, Counted) and isinstance(model, torch.optim.Optimizer):
+        return [(own, model)]
+    check_type(model, torch.nn.Module, f"numerics.{op}", "model", "a torch.nn.Module or a fastfp8.optim.AdamW")
+    assert isinstance(model, torch.nn.Module)
+    return [(name or own, module) for name, module in model.named_modules() if isinstance(module, Counted)]
 
 
-def _print(found: dict[str, dict[str, Counts]], modules: int, file: TextIO) -> None:
+def _print(found: dict[str, dict[str, Counts]], where: str, file: TextIO) -> None:
     if not found:
-        print(f"fastfp8.numerics: nothing was counted yet in {modules} FP8 modules", file=file)
+        print(f"fastfp8.numerics: nothing was counted yet in {where}", file=file)
         return
     rows: list[tuple[str, ...]] = [("layer", "role", *FIELDS)]
     for name, roles in found.items():

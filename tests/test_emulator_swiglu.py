@@ -18,7 +18,9 @@ from test_emulator_grouped import BAD_ENDS, EDGES, cumulated, slices, view
 from torch import Tensor
 
 from fastfp8 import _C, ScaledTensor
+from fastfp8.counters import FIELDS, LANES, new_counters
 from fastfp8.layout import pad4
+from fastfp8.numerics import totals
 from fastfp8.reference import tensor_core
 from fastfp8.reference.activation import silu
 from fastfp8.reference.swiglu_quantize import swiglu_quantize
@@ -87,7 +89,13 @@ def case(rows: int, used: Sequence[slice], f: int, k: int, seed: int) -> Case:
 
 
 def plan(
-    given: Case, ends: Tensor | None, options: SwiGlu, gate_up: bool, config: str | None, num_sms: int
+    given: Case,
+    ends: Tensor | None,
+    options: SwiGlu,
+    gate_up: bool,
+    config: str | None,
+    num_sms: int,
+    counters: Tensor | None = None,
 ) -> tuple[_C.LaunchPlan, dict[str, Tensor | None]]:
     """As csrc/bindings/gemm_swiglu_quantize_op.cpp; the tensors are those that the plan reads."""
     a, data, scale = given.a, *(torch.cat([getattr(t, part) for t in given.b]) for part in ("data", "scale"))
@@ -97,7 +105,8 @@ def plan(
     else:
         product = _C.GemmProblem.grouped(*views, view(ends), len(given.b), False, "bfloat16", num_sms)
     weight, limit, pow2, eps = options
-    problem = product.with_swiglu(None if weight is None else view(weight), limit, pow2, eps, gate_up)
+    of_weight, of_counters = (None if t is None else view(t) for t in (weight, counters))
+    problem = product.with_swiglu(of_weight, limit, pow2, eps, gate_up, of_counters)
     chosen = _C.gemm_select(problem)
     if config is not None:
         chosen = next(found for found, _ in _C.gemm_candidates(problem) if found.name == config)
@@ -116,15 +125,15 @@ def launched(launch: _C.LaunchPlan, tensors: dict[str, Tensor | None], got: Outp
     return int(word)
 
 
-def expected_of(given: Case, used: Sequence[slice], f: int, options: SwiGlu) -> Outputs:
-    """What the memory of the outputs holds afterwards."""
+def expected_of(given: Case, used: Sequence[slice], f: int, options: SwiGlu, counters: Tensor | None = None) -> Outputs:
+    """What the memory of the outputs holds afterwards. Counts are added to ``counters``."""
     rows = given.a.shape[0]
     expected = Outputs.make(rows, f)
     for group, b in zip(used, given.b, strict=True):
         operands = (given.a.data[group], given.a.scale[group], b.data, b.scale)
         product = tensor_core.gemm(*operands, B_BLOCK, torch.bfloat16, None, one_segment=True)
         weight = None if options.weight is None else options.weight[group]
-        data, scale = swiglu_quantize(product, weight, *options[1:])
+        data, scale = swiglu_quantize(product, weight, *options[1:], None, counters)
         expected.gate_up.tensor[group] = product
         expected.out.tensor[group] = data
         expected.out_scale.tensor[:, group] = scale.t()
@@ -143,18 +152,24 @@ def check(
     error: int = 0,
     weighted: bool = False,
     gate_up: bool = False,
+    counted: bool = False,
     config: str | None = None,
     num_sms: int = 5,
 ) -> None:
     """Group g is the rows ``used[g]``; dense where there are no ``ends``. Nothing but its outputs is written."""
+    counters, counts = Output.make(LANES, len(FIELDS), torch.int64), new_counters("cpu")
+    counters.tensor.zero_()
     given = case(rows, used, f, k, seed)
     options = options._replace(weight=given.weight if weighted else None)
     offsets = None if ends is None else torch.tensor(ends, dtype=torch.int32)
-    launch, read = plan(given, offsets, options, gate_up, config, num_sms)
+    launch, read = plan(given, offsets, options, gate_up, config, num_sms, counters.tensor if counted else None)
     got = Outputs.make(rows, f)
     before = everything_of(*read.values())
-    assert launched(launch, read, got, seed, None) == error
-    expected = expected_of(given, used, f, options)
+    assert launched(launch, {**read, "counters": counters.tensor}, got, seed, None) == error
+    expected = expected_of(given, used, f, options, counts if counted else None)
+    assert totals(counters.tensor) == totals(counts)
+    assert (counters.memory[:GUARD] == POISON).all()
+    assert (counters.memory[-GUARD:] == POISON).all()
     if not gate_up:
         expected.gate_up.memory.fill_(POISON)
     for name in Outputs._fields:
@@ -171,6 +186,7 @@ def test_dense(config: str, rows: int) -> None:
     """Tails of M and K; options, weights and the second output take turns."""
     turn = rows % 4
     how: Any = {"weighted": rows % 2 == 1, "gate_up": rows % 3 != 0, "config": config, "seed": turn}
+    how["counted"] = (config == PAIR) == (turn > 0)
     check([slice(0, rows)], 256 if rows < 100 else 128, 144 + 128 * turn, OPTIONS[turn], rows=rows, **how)
 
 
@@ -179,7 +195,17 @@ def test_dense(config: str, rows: int) -> None:
 def test_group_sizes(config: str, gate_up: bool) -> None:
     """All the edges of a tile, empty groups among them, none aligned to anything; then rows that are in no group."""
     ends = cumulated(EDGES)
-    check(slices(ends), 128, 144, OPTIONS[1], rows=ends[-1] + 70, ends=ends, gate_up=gate_up, config=config)
+    check(
+        slices(ends),
+        128,
+        144,
+        OPTIONS[1],
+        rows=ends[-1] + 70,
+        ends=ends,
+        gate_up=gate_up,
+        counted=gate_up,
+        config=config,
+    )
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -189,6 +215,7 @@ def test_random_sizes_and_timing(seed: int) -> None:
     ends = cumulated(torch.randint(0, 200, (4,), generator=generator).tolist())
     how: Any = {"weighted": True, "gate_up": seed % 2 == 0, "config": (ALONE, PAIR)[seed // 2], "seed": seed}
     num_sms = (1, 132, 2, 7)[seed]
+    how["counted"] = seed < 3
     check(slices(ends), 384, 656, OPTIONS[seed], rows=ends[-1] + 3, ends=ends, num_sms=num_sms, **how)
 
 
@@ -203,7 +230,7 @@ def test_one_segment_of_k() -> None:
 def test_ends_that_no_group_can_have(name: str) -> None:
     """They are clamped, so nothing is out of bounds, and reported by a bit of their own."""
     given, clamped = BAD_ENDS[name]
-    check(slices(clamped), 128, 144, rows=100, ends=given, error=8, gate_up=True)
+    check(slices(clamped), 128, 144, rows=100, ends=given, error=8, gate_up=True, counted=True)
 
 
 def test_values_that_are_not_finite() -> None:
@@ -220,14 +247,31 @@ def test_values_that_are_not_finite() -> None:
     weight[6], weight[7], weight[8] = torch.inf, NAN, 0.0
     for limit in (None, 5.0):
         options = SwiGlu(weight, limit)
-        launch, read = plan(given, None, options, True, None, 1)
+        counters, counts = new_counters("cpu"), new_counters("cpu")
+        launch, read = plan(given, None, options, True, None, 1, counters)
         got = Outputs.make(9, 128)
-        launched(launch, read, got, 0, None)
-        expected = expected_of(given, [slice(0, 9)], 128, options)
+        launched(launch, {**read, "counters": counters}, got, 0, None)
+        expected = expected_of(given, [slice(0, 9)], 128, options, counts)
+        assert totals(counters) == totals(counts)
+        assert min(totals(counters).saturated, totals(counters).nonfinite) > 0
         for name in Outputs._fields:
             assert_same_bits(getattr(got, name).tensor, getattr(expected, name).tensor, f"{name}, limit {limit}")
         codes = got.out.tensor.view(torch.uint8)
         assert [int((codes[row] == 0x7F).sum()) for row in (0, 3, 7)] == [2, 128, 128]
+
+
+@pytest.mark.parametrize("config", [ALONE, PAIR])
+def test_counts_of_small_values(config: str) -> None:
+    """Each CTA adds to a row of its own, and to what is there."""
+    given, used, options = case(150, [slice(0, 150)], 256, 144, 1), [slice(0, 150)], SwiGlu(eps=300.0)
+    counters, counts = torch.full((LANES, len(FIELDS)), 1000), new_counters("cpu")
+    launch, read = plan(given, None, options, False, config, 2, counters)
+    launched(launch, {**read, "counters": counters}, Outputs.make(150, 256), 0, None)
+    expected_of(given, used, 256, options, counts)
+    counters -= 1000
+    assert totals(counters) == totals(counts)
+    assert min(totals(counts)._replace(saturated=1, nonfinite=1)) > 0
+    assert (counters.sum(1) > 0).tolist() == [row < 2 for row in range(LANES)]
 
 
 def test_silu_over_the_range_of_bfloat16() -> None:
@@ -293,6 +337,11 @@ def test_configs() -> None:
         ({"weight": _C.TensorView("float32", [6], [1], 0, 16)}, r"'weight': expected one number for each of 5 rows"),
         ({"weight": _C.TensorView("float32", [5], [1], 1, 16)}, r"'weight': expected a tensor on the device of 'a'"),
         ({"weight": _C.TensorView("float32", [5], [1 << 31], 0, 16)}, r"'weight': expected elements less than 2\^31"),
+        ({"counters": _C.TensorView("int32", [32, 5], [5, 1], 0, 16)}, r"'counters': expected dtype int64, got int32"),
+        ({"counters": _C.TensorView("int64", [32, 4], [4, 1], 0, 16)}, r"'counters': expected shape \(32, 5\), got 2"),
+        ({"counters": _C.TensorView("int64", [32], [1], 0, 16)}, r"'counters': expected shape \(32, 5\), got 1 dim"),
+        ({"counters": _C.TensorView("int64", [32, 5], [1, 32], 0, 16)}, r"'counters': expected a contiguous tensor"),
+        ({"counters": _C.TensorView("int64", [32, 5], [5, 1], 1, 16)}, r"'counters': expected a tensor on the device"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -309,5 +358,6 @@ def test_ten_seeds(config: str, seed: int) -> None:
     sizes = [*torch.randint(0, 200, (3,), generator=generator).tolist(), EDGES[seed % len(EDGES)]]
     ends, num_sms = cumulated(sizes), 2 + seed
     how: Any = {"weighted": seed % 3 > 0, "gate_up": seed % 2 == 0, "config": config, "seed": seed, "num_sms": num_sms}
+    how["counted"] = seed % 5 != 3
     check(slices(ends), 256, 656, OPTIONS[seed % 4], rows=ends[-1] + seed, ends=ends, **how)
     check([slice(0, 150)], 256, 656, OPTIONS[seed % 4], rows=150, **how)

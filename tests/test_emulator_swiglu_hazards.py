@@ -18,6 +18,8 @@ from test_emulator_swiglu import ALONE, PAIR, Case, Outputs, case, expected_of, 
 
 from fastfp8 import _C
 from fastfp8.backends import KERNELS
+from fastfp8.counters import new_counters
+from fastfp8.numerics import Counts, totals
 
 pytestmark = backend_params(["emulator"])[0].marks
 
@@ -36,23 +38,26 @@ BROKEN: dict[str, tuple[str, str, str | None]] = {
     "amax of a lane alone": (r"shfl\.sync\.bfly\.b32 (\s*%r\d+)\|%p\d+, (%r\d+), [^;]*;", r"mov.b32 \1, \2;", None),
     "gate is not rounded to BF16": (r"and\.b32 (\s*%r\d+, %r\d+), -65536;", r"and.b32 \1, -256;", None),
     "warps read others' rows too early": (r"bar\.warp\.sync\s+-1;", "", "race"),
+    "counts of a lane alone": (r"redux\.sync\.add\.u32 (\s*%r\d+, %r\d+), [^;]*;", r"mov.b32 \1;", None),
+    "counts stored, not added": (r"red\.relaxed\.gpu\.global\.add\.u64", "st.relaxed.gpu.global.u64", None),
 }
 
 
 @functools.cache
-def given_and_expected() -> tuple[Case, Outputs]:
-    used = slices(ENDS_OF_ROWS)
+def given_and_expected() -> tuple[Case, Outputs, Counts]:
+    used, counters = slices(ENDS_OF_ROWS), new_counters("cpu")
     given = case(ENDS_OF_ROWS[-1], used, F, K, 0)
-    return given, expected_of(given, used, F, OPTIONS)
+    return given, expected_of(given, used, F, OPTIONS, counters), totals(counters)
 
 
 def right(text: str | None, seed: int, config: str) -> bool:
-    """Whether all outputs have the right bits."""
-    given, expected = given_and_expected()
-    launch, read = plan(given, torch.tensor(ENDS_OF_ROWS, dtype=torch.int32), OPTIONS, True, config, 2)
+    """Whether all outputs have the right bits, and the counts are right."""
+    given, expected, counts = given_and_expected()
+    ends, counters = torch.tensor(ENDS_OF_ROWS, dtype=torch.int32), new_counters("cpu")
+    launch, read = plan(given, ends, OPTIONS, True, config, 2, counters)
     got = Outputs.make(ENDS_OF_ROWS[-1], F)
-    launched(launch, read, got, seed, text)
-    return got.same_memory(expected)
+    launched(launch, {**read, "counters": counters}, got, seed, text)
+    return got.same_memory(expected) and totals(counters) == counts
 
 
 @pytest.mark.parametrize("config", [ALONE, PAIR])

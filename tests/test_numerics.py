@@ -11,7 +11,8 @@ from torch import nn
 
 import fastfp8
 from fastfp8 import numerics
-from fastfp8.numerics import Counts
+from fastfp8.numerics import Counts, new_counters
+from fastfp8.optim import AdamW
 
 ROLES = fastfp8.nn.Linear.ROLES
 
@@ -26,7 +27,7 @@ def step(layers: nn.Module, tokens: int = 16) -> None:
     layers(x).square().sum().backward()
 
 
-def report(layers: nn.Module, reset: bool = True) -> tuple[dict[str, dict[str, Counts]], list[str]]:
+def report(layers: nn.Module | AdamW, reset: bool = True) -> tuple[dict[str, dict[str, Counts]], list[str]]:
     out = io.StringIO()
     found = numerics.report(layers, file=out, reset=reset)
     return found, out.getvalue().splitlines()
@@ -108,5 +109,58 @@ def test_copies_and_state_are_without_counters() -> None:
 
 def test_what_is_no_module_is_an_error() -> None:
     for call in (numerics.start, numerics.stop, numerics.report):
-        with pytest.raises(TypeError, match=r"argument 'model': expected a torch\.nn\.Module, got int 3"):
+        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module or a fastfp8\.optim\.AdamW, got int 3"):
             call(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"or a fastfp8\.optim\.AdamW, got SGD"):
+        numerics.start(torch.optim.SGD([torch.zeros(1)]))
+
+
+def trained(optimizer: AdamW, count: int = 1) -> None:
+    for _ in range(count):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.ones_like(param)
+        optimizer.step()
+
+
+def test_an_optimizer_counts_the_weights_that_it_writes_in_fp8() -> None:
+    weight, bias = nn.Parameter(torch.linspace(0, 1, 130 * 136).view(130, 136)), nn.Parameter(torch.ones(7))
+    experts, plain = nn.Parameter(torch.ones(2, 3, 16)), nn.Parameter(torch.ones(4, 4))
+    fp8 = [("up.weight", weight), ("up.bias", bias), ("experts", experts)]
+    groups = [{"params": fp8, "emit_fp8": True}, {"params": [("plain", plain)], "emit_fp8": False}]
+    optimizer = AdamW(groups)
+    assert report(optimizer) == ({}, ["fastfp8.numerics: nothing was counted yet in AdamW"])
+    trained(optimizer)
+    found, lines = report(optimizer)
+    assert list(found) == ["AdamW"]
+    assert {name: counts.values for name, counts in found["AdamW"].items()} == {"up.weight": 130 * 136, "experts": 96}
+    counts = new_counters("cpu")
+    fastfp8.quantize(weight.detach(), (128, 128), counters=counts)
+    assert found["AdamW"]["up.weight"] == numerics.totals(counts)
+    assert found["AdamW"]["up.weight"].subnormal > 0
+    assert [line.split()[:2] for line in lines[1:]] == [["AdamW", "up.weight"], ["AdamW", "experts"]]
+    trained(optimizer, 2)
+    assert report(optimizer)[0]["AdamW"]["experts"].values == 2 * 96
+    numerics.stop(optimizer)
+    trained(optimizer)
+    assert optimizer.counters is None
+
+
+def test_an_optimizer_counts_as_it_changes_no_bit() -> None:
+    """Parameters without names go by their place; one added later is not counted before the next start."""
+    results = []
+    for counted in (False, True):
+        params = [nn.Parameter(torch.linspace(-1, 1, 48).view(3, 16)) for _ in range(3)]
+        optimizer = AdamW(params[:2], emit_fp8=True)
+        if counted:
+            numerics.start(optimizer)
+            optimizer.quantized(params[1])  # before the first step it is quantised there
+        optimizer.add_param_group({"params": params[2:]})
+        trained(optimizer)
+        results.append([t for param in params for t in (param.detach(), optimizer.quantized(param)[0].data.float())])
+    assert all(torch.equal(*both) for both in zip(*results, strict=True))
+    assert {name: c.values for name, c in report(optimizer)[0]["AdamW"].items()} == {"0": 48, "1": 96}
+    assert copy.deepcopy(optimizer).counters is None
+    numerics.start(optimizer)
+    trained(optimizer)
+    assert list(report(optimizer)[0]["AdamW"]) == ["0", "1", "2"]

@@ -45,10 +45,12 @@ void* current_stream(int device) {
 }
 
 void call_triton(const char* op, const char* triton_op, int device, StableIValue* stack) {
-  if (!triton_unusable_reason().empty())
+  if (!triton_unusable_reason().empty()) {
+    const std::string reason = gemm_sm90_unusable_reason(device);
     throw std::runtime_error(std::string("fastfp8.") + op + ": no backend can serve cuda:" + std::to_string(device) +
-                             ". sm_90a kernel: " + gemm_sm90_unusable_reason(device) +
+                             ". sm_90a kernel: " + (reason.empty() ? "not for these arguments" : reason) +
                              ". Triton: " + triton_unusable_reason());
+  }
   if (torch_call_dispatcher(triton_op, "", stack, TORCH_ABI_VERSION) != 0)
     throw std::runtime_error(std::string("fastfp8.") + op + ": the Triton kernel failed; torch has printed why above");
 }

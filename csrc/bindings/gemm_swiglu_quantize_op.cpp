@@ -31,10 +31,10 @@ Tensor empty_row_scale(const Tensor& like, int64_t rows, int64_t columns) {
   return torch::stable::transpose(scale, 0, 1);
 }
 
-Outputs gemm_swiglu_quantize_cuda(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
-                                  const std::optional<Tensor>& offsets, const std::optional<Tensor>& error,
-                                  const std::optional<Tensor>& weight, std::optional<double> limit, bool pow2,
-                                  double eps, bool return_gate_up) {
+Outputs run(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+            const std::optional<Tensor>& offsets, const std::optional<Tensor>& error,
+            const std::optional<Tensor>& weight, std::optional<double> limit, bool pow2, double eps,
+            bool return_gate_up, const std::optional<Tensor>& counters) {
   const TensorView a_view = view_of(a), a_scale_view = view_of(a_scale);
   const TensorView b_view = offsets ? flattened(b, kOp, "b") : view_of(b);
   const TensorView b_scale_view = offsets ? flattened(b_scale, kOp, "b_scale") : view_of(b_scale);
@@ -49,14 +49,18 @@ Outputs gemm_swiglu_quantize_cuda(const Tensor& a, const Tensor& a_scale, const 
               : gemm::make_problem(gemm::GemmOperands{a_view, a_scale_view, b_view, b_scale_view, std::nullopt, 128,
                                                       128, DType::kBF16, kOp},
                                    num_sms, machine);
-  gemm::SwiGluOperands operands{kOp, std::nullopt, limit, pow2, eps, return_gate_up};
+  gemm::SwiGluOperands operands{kOp, std::nullopt, std::nullopt, limit, pow2, eps, return_gate_up};
   if (weight) operands.weight = view_of(*weight);
+  if (counters) operands.counters = view_of(*counters);
   const gemm::GemmProblem problem = gemm::with_swiglu(product, operands, device);
   const uint64_t error_word = error_address(error, kOp, "a", device);
-  if (!ready) {
+  // Without K there is nothing to load, and the sums are zero. What weights make of zeros, and how many are counted,
+  // the other kernel tells.
+  if (!ready || (problem.k == 0 && (weight || counters))) {
     using torch::stable::detail::from;
-    StableIValue stack[] = {from(a),      from(a_scale), from(b),    from(b_scale), from(offsets),       from(error),
-                            from(weight), from(limit),   from(pow2), from(eps),     from(return_gate_up)};
+    StableIValue stack[] = {
+        from(a),      from(a_scale), from(b),    from(b_scale), from(offsets),        from(error),
+        from(weight), from(limit),   from(pow2), from(eps),     from(return_gate_up), from(counters)};
     call_triton(kOp, "fastfp8::_gemm_swiglu_quantize_triton", device, stack);
     using torch::stable::detail::to;
     return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
@@ -78,11 +82,27 @@ Outputs gemm_swiglu_quantize_cuda(const Tensor& a, const Tensor& a_scale, const 
       {"out_scale", address_of(out_scale)},
       {"gate_up", address_of(gate_up)},
       {"weight", weight ? address_of(*weight) : 0},
+      {"counters", counters ? address_of(*counters) : 0},
       {"ends", offsets ? address_of(*offsets) : 0},
       {"error", error_word},
   };
-  driver::launch(gemm::planned(problem), bindings, 10, current_stream(device));
+  driver::launch(gemm::planned(problem), bindings, 11, current_stream(device));
   return {out, out_scale, gate_up};
+}
+
+Outputs gemm_swiglu_quantize_cuda(const Tensor& a, const Tensor& a_scale, const Tensor& b, const Tensor& b_scale,
+                                  const std::optional<Tensor>& offsets, const std::optional<Tensor>& error,
+                                  const std::optional<Tensor>& weight, std::optional<double> limit, bool pow2,
+                                  double eps, bool return_gate_up) {
+  return run(a, a_scale, b, b_scale, offsets, error, weight, limit, pow2, eps, return_gate_up, std::nullopt);
+}
+
+Outputs gemm_swiglu_quantize_counted_cuda(const Tensor& a, const Tensor& a_scale, const Tensor& b,
+                                          const Tensor& b_scale, const std::optional<Tensor>& offsets,
+                                          const std::optional<Tensor>& error, const std::optional<Tensor>& weight,
+                                          std::optional<double> limit, bool pow2, double eps, bool return_gate_up,
+                                          Tensor counters) {
+  return run(a, a_scale, b, b_scale, offsets, error, weight, limit, pow2, eps, return_gate_up, counters);
 }
 
 }  // namespace
@@ -90,4 +110,5 @@ Outputs gemm_swiglu_quantize_cuda(const Tensor& a, const Tensor& a_scale, const 
 
 STABLE_TORCH_LIBRARY_IMPL(fastfp8, CUDA, library) {
   library.impl("gemm_swiglu_quantize", TORCH_BOX(&fastfp8::gemm_swiglu_quantize_cuda));
+  library.impl("gemm_swiglu_quantize.counted", TORCH_BOX(&fastfp8::gemm_swiglu_quantize_counted_cuda));
 }

@@ -16,7 +16,7 @@ namespace fastfp8 {
 namespace {
 
 DType dtype_named(const std::string& name) {
-  for (DType type : {DType::kE4M3, DType::kBF16, DType::kF32, DType::kI32}) {
+  for (DType type : {DType::kE4M3, DType::kBF16, DType::kF32, DType::kI32, DType::kI64}) {
     if (name == name_of(type)) return type;
   }
   return DType::kOther;
@@ -117,10 +117,11 @@ void bind_gemm(py::module_& module) {
       .def(
           "with_swiglu",
           [](const GemmProblem& self, const std::optional<TensorView>& weight, std::optional<double> limit, bool pow2,
-             double eps, bool gate_up) {
-            return with_swiglu(self, {"gemm_swiglu_quantize", weight, limit, pow2, eps, gate_up}, 0);
+             double eps, bool gate_up, const std::optional<TensorView>& counters) {
+            return with_swiglu(self, {"gemm_swiglu_quantize", weight, counters, limit, pow2, eps, gate_up}, 0);
           },
           py::arg("weight"), py::arg("limit"), py::arg("pow2"), py::arg("eps"), py::arg("gate_up"),
+          py::arg("counters") = py::none(),
           "The same with SwiGLU and quantisation behind the product of gate and up; on device 0.")
       .def_static(
           "wgrad",

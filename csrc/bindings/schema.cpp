@@ -82,6 +82,10 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
       "Tensor(a!)? error=None, Tensor? weight=None, float? limit=None, bool pow2=False, float eps=0.0, "
       "bool return_gate_up=False) -> (Tensor, Tensor, Tensor)");
   library.def(
+      "gemm_swiglu_quantize.counted(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? offsets=None, "
+      "Tensor(a!)? error=None, Tensor? weight=None, float? limit=None, bool pow2=False, float eps=0.0, "
+      "bool return_gate_up=False, *, Tensor(b!) counters) -> (Tensor, Tensor, Tensor)");
+  library.def(
       "grouped_wgrad(Tensor grad_t, Tensor grad_t_scale, Tensor input_t, Tensor input_t_scale, Tensor offsets, "
       "Tensor(a!)? error, ScalarType out_dtype=float) -> Tensor");
   // Returns nothing, as torch.compile wants it of an op that writes an argument.
@@ -117,10 +121,11 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
       "requantize_e5m6.counted(Tensor words, Tensor scale, SymInt cols, bool per_row=False, bool pow2=True, *, "
       "Tensor(a!) counters) -> (Tensor, Tensor)");
   // A step of AdamW, in place. Of a parameter `masters` has none or one, `fp8` none or four: data, scale, both turned.
+  // `counters` has none, or one for each parameter in FP8.
   library.def(
       "adamw(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] exp_avgs, "
-      "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] fp8, int[] indices, int step, float lr, float[2] betas, float eps, "
-      "float weight_decay, bool stochastic_rounding=False, int seed=0) -> ()");
+      "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] fp8, Tensor(f!)[] counters, int[] indices, int step, float lr, "
+      "float[2] betas, float eps, float weight_decay, bool stochastic_rounding=False, int seed=0) -> ()");
   // The same on a CUDA device that is not sm_90, arguments checked already: the ops above hand over to these.
   library.def(
       "_gemm_triton(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, int[2] b_block, ScalarType out_dtype, "
@@ -133,8 +138,8 @@ STABLE_TORCH_LIBRARY(fastfp8, library) {
       "Tensor(a!)? error, ScalarType out_dtype=bfloat16) -> Tensor");
   library.def(
       "_gemm_swiglu_quantize_triton(Tensor a, Tensor a_scale, Tensor b, Tensor b_scale, Tensor? offsets, "
-      "Tensor(a!)? error, Tensor? weight, float? limit, bool pow2, float eps, bool return_gate_up) -> "
-      "(Tensor, Tensor, Tensor)");
+      "Tensor(a!)? error, Tensor? weight, float? limit, bool pow2, float eps, bool return_gate_up, "
+      "Tensor(b!)? counters=None) -> (Tensor, Tensor, Tensor)");
   library.def(
       "_grouped_wgrad_triton(Tensor grad_t, Tensor grad_t_scale, Tensor input_t, Tensor input_t_scale, Tensor offsets, "
       "Tensor(a!)? error, Tensor(b!) out, bool accumulate) -> ()");

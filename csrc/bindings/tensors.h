@@ -20,6 +20,8 @@ inline DType dtype_of(torch::headeronly::ScalarType type) {
       return DType::kF32;
     case torch::headeronly::ScalarType::Int:
       return DType::kI32;
+    case torch::headeronly::ScalarType::Long:
+      return DType::kI64;
     default:
       return DType::kOther;
   }
@@ -30,7 +32,7 @@ inline DType dtype_of(torch::headeronly::ScalarType type) {
 struct TorchCodes {
   int32_t cuda = aoti_torch_device_type_cuda();
   int32_t e4m3 = aoti_torch_dtype_float8_e4m3fn(), bf16 = aoti_torch_dtype_bfloat16();
-  int32_t f32 = aoti_torch_dtype_float32(), i32 = aoti_torch_dtype_int32();
+  int32_t f32 = aoti_torch_dtype_float32(), i32 = aoti_torch_dtype_int32(), i64 = aoti_torch_dtype_int64();
 
   static const TorchCodes& get() {
     static const TorchCodes codes;
@@ -41,6 +43,7 @@ struct TorchCodes {
            : code == f32  ? DType::kF32
            : code == bf16 ? DType::kBF16
            : code == i32  ? DType::kI32
+           : code == i64  ? DType::kI64
                           : DType::kOther;
   }
 };

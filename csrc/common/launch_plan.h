@@ -30,7 +30,7 @@ struct Constants {
 using LaunchArgument = std::variant<int32_t, float, TensorSlot, TensorMapSlot, Constants>;
 
 struct LaunchPlan {
-  static constexpr int kMaxArguments = 24;
+  static constexpr int kMaxArguments = 25;
 
   const char* module;  // stem of the .ptx and .cubin files in fastfp8/kernels
   const char* kernel;  // symbol in the module

@@ -4,9 +4,11 @@
 
 namespace fastfp8 {
 
-enum class DType : uint8_t { kE4M3, kBF16, kF32, kI32, kOther };
+enum class DType : uint8_t { kE4M3, kBF16, kF32, kI32, kI64, kOther };
 
-constexpr int size_of(DType type) { return type == DType::kE4M3 ? 1 : type == DType::kBF16 ? 2 : 4; }
+constexpr int size_of(DType type) {
+  return type == DType::kE4M3 ? 1 : type == DType::kBF16 ? 2 : type == DType::kI64 ? 8 : 4;
+}
 
 constexpr const char* name_of(DType type) {
   switch (type) {
@@ -18,6 +20,8 @@ constexpr const char* name_of(DType type) {
       return "float32";
     case DType::kI32:
       return "int32";
+    case DType::kI64:
+      return "int64";
     default:
       return "another dtype";
   }

@@ -180,6 +180,7 @@ LaunchPlan plan_swiglu(const GemmProblem& problem, const GemmConfig& config) {
   plan.add(TensorSlot{swiglu.gate_up ? "gate_up" : nullptr});
   plan.add(TensorSlot{"out_scale"});
   plan.add(TensorSlot{swiglu.weighted ? "weight" : nullptr});
+  plan.add(TensorSlot{swiglu.counted ? "counters" : nullptr});
   plan.add(TensorSlot{problem.groups ? "ends" : nullptr});
   plan.add(TensorSlot{problem.groups ? "error" : nullptr});
   plan.add(int32_t{problem.groups});

@@ -5,6 +5,7 @@
 #include <sstream>
 
 #include "../common/check.h"
+#include "../common/counters.h"
 
 namespace fastfp8::gemm {
 namespace {
@@ -180,6 +181,17 @@ GemmProblem with_swiglu(GemmProblem product, const SwiGluOperands& operands, int
     FASTFP8_CHECK_ARGUMENT(weight.strides[0] <= std::numeric_limits<int32_t>::max(), op, "weight",
                            "elements less than 2^31 apart", "stride " << weight.strides[0]);
     swiglu.weighted = true, swiglu.weight_stride = static_cast<int>(weight.strides[0]);
+  }
+  if (operands.counters) {
+    const TensorView& counters = *operands.counters;
+    constexpr std::array<int64_t, 2> kShape{kCounterLanes, kCounterFields}, kStride{kCounterFields, 1};
+    FASTFP8_CHECK_ARGUMENT(counters.dtype == DType::kI64, op, "counters", "dtype int64", name_of(counters.dtype));
+    FASTFP8_CHECK_ARGUMENT(counters.dim == 2 && counters.sizes == kShape, op, "counters", "shape " << PrintPair{kShape},
+                           counters.dim << " dimensions, the first two " << PrintPair{counters.sizes});
+    FASTFP8_CHECK_ARGUMENT(counters.strides == kStride, op, "counters", "a contiguous tensor",
+                           "stride " << PrintPair{counters.strides});
+    FASTFP8_CHECK_ARGUMENT(counters.device == device, op, "counters", "a tensor on the device of 'a'", "one elsewhere");
+    swiglu.counted = true;
   }
   swiglu.gate_up = operands.gate_up, swiglu.pow2 = operands.pow2;
   swiglu.limit = operands.limit ? static_cast<float>(*operands.limit) : std::numeric_limits<float>::infinity();

@@ -14,6 +14,7 @@ namespace fastfp8::gemm {
 struct SwiGlu {
   bool gate_up;  // gate and up in BF16 too
   bool weighted;
+  bool counted;  // what became of the results' values
   int weight_stride;
   float limit, floor;  // of gate and up, infinite for none; of amax
   bool pow2;
@@ -69,7 +70,7 @@ struct GroupedOperands {
 // What becomes of a product of gate and up.
 struct SwiGluOperands {
   const char* op;  // for messages
-  std::optional<TensorView> weight;
+  std::optional<TensorView> weight, counters;
   std::optional<double> limit;
   bool pow2;
   double eps;

@@ -60,6 +60,12 @@ __device__ __forceinline__ uint32_t atomic_add_acq_rel_gpu(uint32_t* address, ui
   return before;
 }
 
+// Among the CTAs of this GPU; orders nothing else.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-red
+__device__ __forceinline__ void add_relaxed_gpu(int64_t* address, int64_t value) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
 // Writes `value` where `expected` stands; orders nothing else. Returns the value before.
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#parallel-synchronization-and-communication-instructions-atom
 __device__ __forceinline__ uint32_t atomic_replace_gpu(uint32_t* address, uint32_t expected, uint32_t value) {

@@ -197,6 +197,10 @@ class Linear(Counted, torch.nn.Linear):
         new.training = linear.training
         return new
 
+    def roles(self) -> dict[str, torch.device]:
+        """See :class:`fastfp8.counters.Counted`."""
+        return dict.fromkeys(self.ROLES, (self.weight_data if self.frozen else self.weight).device)
+
     def freeze(self) -> Linear:
         """Keep the FP8 weight only, as the buffers ``weight_data`` and ``weight_scale``, and drop the master weight.
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..counters import check_counters
 from ..errors import ArgumentTypeError, check_device, check_tensor, check_value, message, value_error
 from ..layout import BLOCK, Block, has_scale_layout, scale_shape_of
 from ..reference.adamw import adamw as reference_adamw
@@ -36,6 +37,7 @@ def adamw(
     weight_decay: float,
     stochastic_rounding: bool = False,
     seed: int = 0,
+    counters: list[Tensor] | None = None,
 ) -> None:
     """One step of AdamW (arXiv 1711.05101, algorithm 2), in place: what :class:`fastfp8.optim.AdamW` calls.
 
@@ -56,16 +58,19 @@ def adamw(
         indices: for each parameter a number that tells it from others of the same seed.
         step: 1 for the first one.
         seed: from 0 to 2**63 - 1.
+        counters: None, or with ``fp8`` one for each parameter, as of :func:`fastfp8.quantize`. A value is counted once,
+            for its code is the same in both of ``fp8``.
 
     Raises:
         TypeError: a dtype is another.
         ValueError: a length, shape, device or layout does not fit, or a number is out of its range.
     """
     options = (step, lr, betas, eps, weight_decay, stochastic_rounding, seed)
-    torch.ops.fastfp8.adamw(params, grads, masters, exp_avgs, exp_avg_sqs, fp8, indices, *options)
+    counters = [] if counters is None else counters
+    torch.ops.fastfp8.adamw(params, grads, masters, exp_avgs, exp_avg_sqs, fp8, counters, indices, *options)
     if not torch.compiler.is_compiling():
         # Who keeps something made of a parameter, as autograd does, sees by this that it has changed.
-        torch.autograd.graph.increment_version([*params, *masters, *exp_avgs, *exp_avg_sqs, *fp8])
+        torch.autograd.graph.increment_version([*params, *masters, *exp_avgs, *exp_avg_sqs, *fp8, *counters])
 
 
 def check_numbers(op: str, lr: float, betas: Sequence[float], eps: float, weight_decay: float, seed: int) -> None:
@@ -116,6 +121,7 @@ def _check(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     fp8: list[Tensor],
+    counters: list[Tensor],
     indices: Sequence[int],
     step: int,
     lr: float,
@@ -143,6 +149,10 @@ def _check(
             raise ArgumentTypeError(message(_OP, f"exp_avg_sqs[{i}]", expected, second.dtype))
     if fp8:
         _check_fp8(fp8, params)
+    expected = f"none or {len(params)}, one a parameter" if fp8 else "none, as 'fp8' is empty"
+    check_value(len(counters) in (0, len(params) if fp8 else 0), _OP, "counters", expected, len(counters))
+    for i, counts in enumerate(counters):
+        check_counters(_OP, counts, params[0], "params[0]", f"counters[{i}]")
 
 
 @torch.library.impl("fastfp8::adamw", "CPU")
@@ -154,6 +164,7 @@ def _cpu(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     fp8: list[Tensor],
+    counters: list[Tensor],
     indices: list[int],
     step: int,
     lr: float,
@@ -163,7 +174,7 @@ def _cpu(
     stochastic_rounding: bool = False,
     seed: int = 0,
 ) -> None:
-    tensors = (params, grads, masters, exp_avgs, exp_avg_sqs, fp8, indices)
+    tensors = (params, grads, masters, exp_avgs, exp_avg_sqs, fp8, counters, indices)
     _check(*tensors, step, lr, betas, eps, weight_decay, seed)
     reference_adamw(*tensors, step, factors(step, lr, betas, eps, weight_decay), stochastic_rounding, seed)
 
@@ -177,6 +188,7 @@ def _cuda(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     fp8: list[Tensor],
+    counters: list[Tensor],
     indices: list[int],
     step: int,
     lr: float,
@@ -188,7 +200,7 @@ def _cuda(
 ) -> None:
     from ..triton_kernels.adamw import adamw as triton_adamw
 
-    tensors = (params, grads, masters, exp_avgs, exp_avg_sqs, fp8, indices)
+    tensors = (params, grads, masters, exp_avgs, exp_avg_sqs, fp8, counters, indices)
     _check(*tensors, step, lr, betas, eps, weight_decay, seed)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
@@ -206,6 +218,7 @@ def _fake(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     fp8: list[Tensor],
+    counters: list[Tensor],
     indices: list[int],
     step: int,
     lr: float,
@@ -215,4 +228,5 @@ def _fake(
     stochastic_rounding: bool = False,
     seed: int = 0,
 ) -> None:
-    _check(params, grads, masters, exp_avgs, exp_avg_sqs, fp8, indices, step, lr, betas, eps, weight_decay, seed)
+    tensors = (params, grads, masters, exp_avgs, exp_avg_sqs, fp8, counters, indices)
+    _check(*tensors, step, lr, betas, eps, weight_decay, seed)

@@ -7,7 +7,7 @@ An overload of its own, because torch.compile cannot lower an op whose one mutab
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -41,10 +41,15 @@ def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **counters: Tensor) -> Any:
         found = function(*args, **counters)
-        torch.autograd.graph.increment_version([t for t in counters.values() if not t.is_inference()])
+        tell(counters.values())
         return found
 
     return call
+
+
+def tell(counters: Iterable[Tensor]) -> None:
+    """Give counters that were written a new version."""
+    torch.autograd.graph.increment_version([t for t in counters if not t.is_inference()])
 
 
 def check_each(op: str, counters: object, number: str, count: int) -> None:

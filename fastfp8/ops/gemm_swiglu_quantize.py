@@ -7,10 +7,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from ..counters import check_counters
 from ..errors import ArgumentTypeError, check_tensor, check_type, message, value_error
 from ..layout import BLOCK, empty_scale, scale_shape
 from ..reference.gemm_swiglu_quantize import gemm_swiglu_quantize as reference_gemm_swiglu_quantize
 from ..scaled_tensor import ScaledTensor
+from .counted import register, tell
 from .gemm import A_BLOCK, check_product
 from .grouped_gemm import B_BLOCK, check_error, check_groups, word_for
 from .swiglu_quantize import ROW_BLOCK, check_options, check_swiglu
@@ -29,6 +31,7 @@ def gemm_swiglu_quantize(
     pow2: bool = False,
     eps: float = 0.0,
     return_gate_up: Literal[False] = False,
+    counters: Tensor | None = None,
 ) -> ScaledTensor: ...
 
 
@@ -43,6 +46,7 @@ def gemm_swiglu_quantize(
     pow2: bool = False,
     eps: float = 0.0,
     return_gate_up: Literal[True],
+    counters: Tensor | None = None,
 ) -> tuple[ScaledTensor, Tensor]: ...
 
 
@@ -56,6 +60,7 @@ def gemm_swiglu_quantize(
     pow2: bool = False,
     eps: float = 0.0,
     return_gate_up: bool = False,
+    counters: Tensor | None = None,
 ) -> ScaledTensor | tuple[ScaledTensor, Tensor]:
     """``swiglu_quantize(a @ b.T, weight, limit)``, dense or in groups of rows: neither gate nor up goes to memory.
 
@@ -74,6 +79,7 @@ def gemm_swiglu_quantize(
         weight: float32 [T], what each row is multiplied by, or None.
         limit: as of :func:`fastfp8.swiglu_quantize`; so are ``pow2`` and ``eps``.
         return_gate_up: return gate and up too.
+        counters: as of :func:`fastfp8.quantize`, for the result. Of groups only their rows are counted.
 
     Returns:
         ScaledTensor [T, F] in (1, 128) blocks, which the next product takes as it is; with ``return_gate_up``, that and
@@ -96,10 +102,17 @@ def gemm_swiglu_quantize(
         check_tensor(weight, _OP, "weight", (torch.float32,), dim=1)
     check_options(_OP, limit, pow2, eps)
     check_type(return_gate_up, bool, _OP, "return_gate_up", "a bool")
+    if not torch.compiler.is_compiling():  # there the fake implementation checks
+        check_counters(_OP, counters, a.data, "a")
     # Without offsets nothing reports, but torch.compile wants the word (fastfp8/error_word.py).
     operands = (a.data, a.scale, b.data, b.scale, offsets, word_for(a.data))
-    out = torch.ops.fastfp8.gemm_swiglu_quantize(*operands, weight, limit, pow2, eps, return_gate_up)
-    data, scale, gate_up = out
+    op, arguments = torch.ops.fastfp8.gemm_swiglu_quantize, (*operands, weight, limit, pow2, eps, return_gate_up)
+    if counters is None:
+        data, scale, gate_up = op.default(*arguments)
+    else:
+        data, scale, gate_up = op.counted(*arguments, counters=counters)
+        if counters.is_cuda and not torch.compiler.is_compiling():
+            tell([counters])  # as the C++ of the CUDA op cannot
     quantized = ScaledTensor._trusted(data, scale, ROW_BLOCK)
     return (quantized, gate_up) if return_gate_up else quantized
 
@@ -114,6 +127,7 @@ def _check(
     weight: Tensor | None,
     limit: float | None,
     eps: float,
+    counters: Tensor | None,
 ) -> None:
     if offsets is None:
         check_product(_OP, a, a_scale, b, b_scale, B_BLOCK)
@@ -124,9 +138,10 @@ def _check(
         expected = f"2 F rows, F a multiple of {BLOCK}"
         raise value_error(_OP, "b", expected, f"shape {tuple(b.shape)}")
     check_swiglu(_OP, weight, limit, eps, a.shape[0], a, "a")
+    check_counters(_OP, counters, a, "a")
 
 
-@torch.library.impl("fastfp8::gemm_swiglu_quantize", "CPU")
+@register(_OP, "CPU")
 @torch.no_grad()
 def _cpu(
     a: Tensor,
@@ -140,9 +155,12 @@ def _cpu(
     pow2: bool = False,
     eps: float = 0.0,
     return_gate_up: bool = False,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(a, a_scale, b, b_scale, offsets, error, weight, limit, eps)
-    return reference_gemm_swiglu_quantize(a, a_scale, b, b_scale, offsets, weight, limit, pow2, eps, return_gate_up)
+    _check(a, a_scale, b, b_scale, offsets, error, weight, limit, eps, counters)
+    operands = (a, a_scale, b, b_scale, offsets)
+    return reference_gemm_swiglu_quantize(*operands, weight, limit, pow2, eps, return_gate_up, counters)
 
 
 @torch.library.impl("fastfp8::_gemm_swiglu_quantize_triton", "CUDA")
@@ -159,13 +177,15 @@ def _triton(
     pow2: bool,
     eps: float,
     return_gate_up: bool,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ..triton_kernels.gemm_swiglu_quantize import gemm_swiglu_quantize as triton_gemm_swiglu_quantize
 
-    return triton_gemm_swiglu_quantize(a, a_scale, b, b_scale, offsets, error, weight, limit, pow2, eps, return_gate_up)
+    operands = (a, a_scale, b, b_scale, offsets, error)
+    return triton_gemm_swiglu_quantize(*operands, weight, limit, pow2, eps, return_gate_up, counters)
 
 
-@torch.library.register_fake("fastfp8::gemm_swiglu_quantize")
+@register(_OP, "fake")
 def _fake(
     a: Tensor,
     a_scale: Tensor,
@@ -178,8 +198,10 @@ def _fake(
     pow2: bool = False,
     eps: float = 0.0,
     return_gate_up: bool = False,
+    *,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(a, a_scale, b, b_scale, offsets, error, weight, limit, eps)
+    _check(a, a_scale, b, b_scale, offsets, error, weight, limit, eps, counters)
     rows, n = a.shape[0], b.shape[-2]
     data = a.new_empty((rows, n // 2), dtype=torch.float8_e4m3fn)
     scale = empty_scale(a, scale_shape(rows, n // 2, ROW_BLOCK), ROW_BLOCK)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..counters import Counted
 from ..errors import ArgumentTypeError, check_dtype, check_type, check_value, message, value_error
 from ..layout import empty_scale, scale_shape_of
 from ..ops.adamw import GRAD_DTYPES, MOMENT_DTYPES, PARAM_DTYPES, WEIGHT_BLOCK, adamw, check_numbers
@@ -20,7 +21,7 @@ _OP = "optim.AdamW"
 _FP8_KEYS = ("weight_fp8", "weight_fp8_t")
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(Counted, torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101), with the interface of :class:`torch.optim.AdamW`, in one kernel for many parameters.
 
     Moments are kept in bfloat16 and all is computed in FP32. A bfloat16 parameter has an FP32 master in its state. That
@@ -45,7 +46,8 @@ class AdamW(torch.optim.Optimizer):
             in it, so that a run can be repeated.
         seed: from 0 to 2**63 - 1.
         emit_fp8: the step also writes each parameter of 2 or 3 dimensions in FP8, in 128 x 128 blocks, as it is and
-            transposed: :meth:`quantized`. That is the separate pass of quantisation saved.
+            transposed: :meth:`quantized`. That is the separate pass of quantisation saved. ``fastfp8.numerics`` can
+            count what becomes of the values.
 
     The state of a parameter: ``step`` (an int), ``exp_avg``, ``exp_avg_sq``, ``master`` of a bfloat16 one, and with
     ``emit_fp8`` ``weight_fp8`` and ``weight_fp8_t``, whose memory every step overwrites. ``state_dict`` has all but the
@@ -106,24 +108,29 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        counters = self.counters or {}
         index = 0  # of a parameter among all
         for group in self.param_groups:
-            # A call takes parameters of one device, dtype and step, with or without FP8.
-            calls: dict[tuple[Any, ...], list[tuple[int, Tensor, Tensor]]] = {}
-            for param in group["params"]:
+            # A call takes parameters of one device, dtype and step, with or without FP8, which is counted or not.
+            calls: dict[tuple[Any, ...], list[tuple[int, Tensor, Tensor, Tensor | None]]] = {}
+            for place, param in enumerate(group["params"]):
                 grad = _gradient(param)
                 if grad is not None:
                     state = self._state_of(param, group)
                     state["step"] += 1
-                    key = (param.device, param.dtype, state["step"], _FP8_KEYS[0] in state)
-                    calls.setdefault(key, []).append((index, param, grad))
+                    with_fp8 = _FP8_KEYS[0] in state
+                    counts = counters.get(_name(group, place, index)) if with_fp8 else None
+                    key = (param.device, param.dtype, counts is None, state["step"], with_fp8)
+                    calls.setdefault(key, []).append((index, param, grad, counts))
                 index += 1
             for (*_, step, with_fp8), work in calls.items():
                 self._update(group, step, with_fp8, work)
         return loss
 
-    def _update(self, group: dict[str, Any], step: int, with_fp8: bool, work: list[tuple[int, Tensor, Tensor]]) -> None:
-        indices, params, grads = (list(column) for column in zip(*work, strict=True))
+    def _update(
+        self, group: dict[str, Any], step: int, with_fp8: bool, work: list[tuple[int, Tensor, Tensor, Tensor | None]]
+    ) -> None:
+        indices, params, grads, counters = (list(column) for column in zip(*work, strict=True))
         states = [self.state[param] for param in params]
         fp8 = (
             [t for state in states for key in _FP8_KEYS for t in (state[key].data, state[key].scale)]
@@ -139,6 +146,7 @@ class AdamW(torch.optim.Optimizer):
             fp8,
             indices,
             step=step,
+            counters=[counts for counts in counters if counts is not None],
             **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "stochastic_rounding", "seed")},
         )
 
@@ -180,7 +188,8 @@ class AdamW(torch.optim.Optimizer):
         check_value(_has_fp8(param, group), f"{_OP}.quantized", "param", expected, got)
         if _FP8_KEYS[0] not in self.state[param]:
             state = self._state_of(param, group)
-            w = quantize(state.get("master", param.detach()), WEIGHT_BLOCK)
+            master, counts = state.get("master", param.detach()), (self.counters or {}).get(self._names()[param])
+            w = quantize(master, WEIGHT_BLOCK, counters=counts)
             for key, made in zip(_FP8_KEYS, (w, w.t().contiguous()), strict=True):
                 state[key].data.copy_(made.data)
                 state[key].scale.copy_(made.scale)
@@ -208,6 +217,18 @@ class AdamW(torch.optim.Optimizer):
                 if name in mine:
                     mine[name] = mine[name].detach().to(param.device, dtype, copy=True)
 
+    def roles(self) -> dict[str, torch.device]:
+        """See :class:`fastfp8.counters.Counted`: the parameters that steps write in FP8, by name."""
+        names = self._names()
+        return {names[param]: param.device for group, param in self._parameters() if _has_fp8(param, group)}
+
+    def _names(self) -> dict[Tensor, str]:
+        found: dict[Tensor, str] = {}
+        for group in self.param_groups:
+            for place, param in enumerate(group["params"]):
+                found[param] = _name(group, place, len(found))
+        return found
+
     def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.param_groups:
             for param in group["params"]:
@@ -221,6 +242,12 @@ class AdamW(torch.optim.Optimizer):
 
 def _without_fp8(state: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key not in _FP8_KEYS}
+
+
+def _name(group: dict[str, Any], place: int, index: int) -> str:
+    """Of the parameter at ``place`` in ``group``, and at ``index`` among all."""
+    names: list[str] = group.get("param_names", [])
+    return names[place] if names else str(index)
 
 
 def _has_fp8(param: Tensor, group: dict[str, Any]) -> bool:

@@ -106,6 +106,7 @@ def adamw(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     fp8: list[Tensor],
+    counters: list[Tensor],
     indices: list[int],
     step: int,
     f: Factors,
@@ -125,6 +126,6 @@ def adamw(
             params[i].copy_(masters[i])
         if fp8:
             data, scale, data_t, scale_t = fp8[4 * i : 4 * i + 4]
-            made = quantize(masters[i], (BLOCK, BLOCK), False, 0.0)
+            made = quantize(masters[i], (BLOCK, BLOCK), False, 0.0, counters=counters[i] if counters else None)
             for out, value in zip((data, scale, data_t, scale_t), (*made, *(t.mT for t in made)), strict=True):
                 out.copy_(value)

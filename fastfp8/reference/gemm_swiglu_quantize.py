@@ -22,6 +22,7 @@ def gemm_swiglu_quantize(
     pow2: bool,
     eps: float,
     return_gate_up: bool,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastfp8.gemm_swiglu_quantize`; arguments are checked already, but for the values of ``offsets``."""
     rows, n = a.shape[0], b.shape[-2]
@@ -33,5 +34,6 @@ def gemm_swiglu_quantize(
     data = torch.empty((rows, n // 2), dtype=torch.float8_e4m3fn)
     scale = empty_scale(a, scale_shape(rows, n // 2, (1, BLOCK)), (1, BLOCK))
     used_weight = None if weight is None else weight[:used]
-    swiglu_quantize_into(data[:used], scale[:used], gate_up[:used], used_weight, limit, pow2, eps)
+    outputs = data[:used], scale[:used]
+    swiglu_quantize_into(*outputs, gate_up[:used], used_weight, limit, pow2, eps, counters=counters)
     return data, scale, gate_up if return_gate_up else gate_up.new_empty((0, n))

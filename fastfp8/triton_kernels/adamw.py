@@ -22,10 +22,11 @@ from ..layout import BLOCK, ceil_div
 from ..reference.adamw import Factors
 from ..reference.quantize import AMAX_FLOOR
 from . import require_fp8
+from .counters import count
 from .quantize import FP16_CAPABILITY, finite_magnitude, scale_and_multiplier, to_e4m3
 
-# What a row of the table holds: nine addresses (0 where there is none), then rows, columns, first tile and index.
-FIELDS = 13
+# What a row of the table holds: ten addresses (0 where there is none), then rows, columns, first tile and index.
+FIELDS = 14
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 # Of a tile without FP8: 16 values a thread. Untuned.
 FLAT_TILE, FLAT_WARPS = 2048, 4
@@ -106,6 +107,7 @@ def adamw_kernel(
     MOMENT: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     FP8: tl.constexpr,
+    COUNTED: tl.constexpr,
     ALIGNED: tl.constexpr,
     STICKY: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -113,8 +115,8 @@ def adamw_kernel(
     STRIPS: tl.constexpr,
 ):
     tensors += tl.load(tiles + tl.program_id(0)) * FIELDS
-    rows, cols = tl.load(tensors + 9), tl.load(tensors + 10)
-    tile = tl.program_id(0) - tl.load(tensors + 11)
+    rows, cols = tl.load(tensors + 10), tl.load(tensors + 11)
+    tile = tl.program_id(0) - tl.load(tensors + 12)
     if ALIGNED:
         rows, cols = tl.multiple_of(rows, 16) if FP8 else rows, tl.multiple_of(cols, 16)
     down, across = tl.cdiv(rows, TILE_ROWS), tl.cdiv(cols, TILE_COLS)
@@ -132,7 +134,7 @@ def adamw_kernel(
     master = address(tensors, 2, tl.float32, ALIGNED)
     exp_avg = address(tensors, 3, MOMENT, ALIGNED)
     exp_avg_sq = address(tensors, 4, MOMENT, ALIGNED)
-    index = tl.load(tensors + 12).to(tl.uint32)
+    index = tl.load(tensors + 13).to(tl.uint32)
     origin = first + i * TILE_ROWS * cols + col_start
     pitch = cols.to(tl.int32) if ALIGNED else cols
     pitch_t = rows.to(tl.int32) if ALIGNED else rows
@@ -168,10 +170,12 @@ def adamw_kernel(
         tl.store(address(tensors, 8, tl.float32, False) + (matrix * across + j) * down + i, block_scale)
         data = address(tensors, 5, tl.float8e4nv, ALIGNED) + first
         data_t = address(tensors, 7, tl.float8e4nv, ALIGNED) + first
+        counters = address(tensors, 9, tl.int64, False) if COUNTED else None
         for strip in tl.static_range(STRIPS):
             row = i * TILE_ROWS + strip * ROWS + tl.arange(0, ROWS)[:, None]
             inside = (row < rows) & (col < cols)
             codes = to_e4m3(values[strip] * multiplier, STICKY)
+            count(counters, values[strip], multiplier, inside)
             down_tile = strip * ROWS + tl.arange(0, ROWS)[:, None]
             tl.store(data + (i * TILE_ROWS * cols + col_start) + (down_tile * pitch + lane), codes, mask=inside)
             at_t = tl.trans(lane) * pitch_t + tl.trans(down_tile)
@@ -185,6 +189,7 @@ def _rows(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     fp8: list[Tensor],
+    counters: list[Tensor],
     indices: list[int],
 ) -> Iterator[tuple[tuple[Any, ...], list[int], int]]:
     """For each tensor that is not empty: what decides its kernel, its row of the table and how many tiles it has."""
@@ -192,16 +197,16 @@ def _rows(
         if param.numel() == 0:
             continue
         held = [param, grads[i], (masters or params)[i], exp_avgs[i], exp_avg_sqs[i], *fp8[4 * i : 4 * i + 4]]
-        addresses = [t.data_ptr() for t in held]
+        addresses = [t.data_ptr() for t in (*held, *counters[i : i + 1])]
+        addresses += [0] * (10 - len(addresses))
         matrices, rows, cols = 1, 1, param.numel()
         if fp8:
             rows, cols = param.shape[-2:]
             matrices = param.numel() // (rows * cols)
             tiles = matrices * ceil_div(rows, BLOCK) * ceil_div(cols, BLOCK)
         else:
-            addresses += [0] * 4
             tiles = ceil_div(cols, FLAT_TILE)
-        # A scale is read and written one by one, wherever it is.
+        # Scales and counters are written one by one, wherever they are.
         wide = [*addresses[:6], addresses[7], cols, rows if fp8 else 0]
         aligned = all(value % WIDE == 0 for value in wide) and (not fp8 or max(rows, cols) < NARROW)
         key = (_DTYPES[grads[i].dtype], _DTYPES[exp_avgs[i].dtype], aligned)
@@ -225,6 +230,7 @@ def adamw(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     fp8: list[Tensor],
+    counters: list[Tensor],
     indices: list[int],
     step: int,
     f: Factors,
@@ -240,10 +246,10 @@ def adamw(
     device = params[0].device
     capability = require_fp8("adamw", device) if fp8 else None
     launches: dict[tuple[Any, ...], tuple[list[list[int]], list[int]]] = {}
-    for key, fields, tiles in _rows(params, grads, masters, exp_avgs, exp_avg_sqs, fp8, indices):
+    for key, fields, tiles in _rows(params, grads, masters, exp_avgs, exp_avg_sqs, fp8, counters, indices):
         table, counts = launches.setdefault(key, ([], []))
         if table:
-            fields[11] = table[-1][11] + counts[-1]  # its first tile
+            fields[12] = table[-1][12] + counts[-1]  # its first tile
         table.append(fields)
         counts.append(tiles)
     with torch.cuda.device_of(params[0]):
@@ -263,6 +269,7 @@ def adamw(
                 MOMENT=moment,
                 STOCHASTIC=stochastic_rounding and moment == tl.bfloat16,
                 FP8=bool(fp8),
+                COUNTED=bool(counters),
                 ALIGNED=aligned,
                 STICKY=capability == FP16_CAPABILITY,
                 TILE_ROWS=BLOCK if fp8 else 1,

@@ -17,6 +17,7 @@ from ..layout import BLOCK, Block, empty_scale, row_pitch, scale_shape
 from ..reference.quantize import AMAX_FLOOR
 from . import require_fp8
 from .activation import swiglu
+from .counters import count
 from .gemm import GROUP_M, GemmTile, product, tile_at
 from .grouped_gemm import rows_of_tile
 from .quantize import FP16_CAPABILITY, finite_magnitude, scale_and_multiplier, to_e4m3
@@ -38,6 +39,7 @@ def gemm_swiglu_quantize_kernel(
     data,
     scale,
     gate_up,
+    counters,
     M,
     F,
     K,
@@ -59,7 +61,8 @@ def gemm_swiglu_quantize_kernel(
     TILE_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """``offsets`` is None of a dense product, ``gate_up`` where it is not asked for. F is a multiple of TILE_N."""
+    """``offsets`` is None of a dense product, ``gate_up`` and ``counters`` where they are
+    not asked for. F is a multiple of TILE_N."""
     tl.static_assert(TILE_N == B_BLOCK, "a tile is one block wide, of scales of b and of the result")
     tiles_n = F // TILE_N
     tile_m, tile_n = tile_at(tl.program_id(0), tl.num_programs(0) // tiles_n, tiles_n, GROUP_M)
@@ -107,6 +110,7 @@ def gemm_swiglu_quantize_kernel(
     values = swiglu(gate.to(tl.float32), up.to(tl.float32), factor, limit)
     amax = tl.max(finite_magnitude(values), 1, keep_dims=True)
     block_scale, multiplier = scale_and_multiplier(amax, floor, POW2)
+    count(counters, values, multiplier, inside)
     tl.store(data + m[:, None] * F + n[None, :], to_e4m3(values * multiplier, STICKY), mask=inside)
     tl.store(scale + m[:, None] + tile_n.to(tl.int64) * scale_col_stride, block_scale, mask=m_inside[:, None])
 
@@ -123,6 +127,7 @@ def gemm_swiglu_quantize(
     pow2: bool,
     eps: float,
     return_gate_up: bool,
+    counters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`fastfp8.gemm_swiglu_quantize`; arguments are checked already."""
     capability = require_fp8("gemm_swiglu_quantize", a.device)
@@ -147,6 +152,7 @@ def gemm_swiglu_quantize(
             data,
             scale,
             gate_up if return_gate_up else None,
+            counters,
             rows,
             f,
             k,

@@ -17,7 +17,9 @@ from opcheck import opcheck
 from torch import Tensor
 
 import fastfp8
+from fastfp8.counters import new_counters
 from fastfp8.layout import empty_scale, scale_shape_of
+from fastfp8.numerics import totals
 from fastfp8.ops.adamw import adamw
 from fastfp8.reference.adamw import factors, philox
 
@@ -39,6 +41,7 @@ class Work:
         moment: torch.dtype = BF16,
         *,
         fp8: bool = False,
+        counted: bool = False,
         offset: int = 0,
         seed: int = 0,
     ) -> None:
@@ -62,6 +65,7 @@ class Work:
                 data = torch.full(shape, math.nan).to(E4M3)
                 scale = empty_scale(data, scale_shape_of(shape, (128, 128)), (128, 128)).fill_(math.nan)
                 self.fp8 += [data, scale]
+        self.counters = [new_counters("cpu") for _ in shapes] if counted else []
         self.indices = [3 * i + 1 for i in range(len(shapes))]
 
     def lists(self) -> list[list[Tensor]]:
@@ -78,7 +82,7 @@ def host(module: ModuleType, work: Work, options: dict[str, Any]) -> None:
     """The Triton host function, as the op calls it."""
     o = dict(options)
     step, stochastic, seed = o.pop("step"), o.pop("stochastic_rounding", False), o.pop("seed", 0)
-    module.adamw(*work.lists(), work.indices, step, factors(step, **o), stochastic, seed)
+    module.adamw(*work.lists(), work.counters, work.indices, step, factors(step, **o), stochastic, seed)
 
 
 def run_emulated(work: Work, options: dict[str, Any]) -> int:
@@ -89,7 +93,7 @@ def run_emulated(work: Work, options: dict[str, Any]) -> int:
 
     kernel, launches = module.adamw_kernel, 0
     emulated = Emulated(seed=0)
-    emulated.memory = tuple(t for ts in work.lists() for t in ts if t.numel())
+    emulated.memory = tuple(t for ts in (*work.lists(), work.counters) for t in ts if t.numel())
 
     class Launcher:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -109,20 +113,20 @@ def run(name: str, work: Work, **options: Any) -> None:
     """A step on a backend, in place."""
     options = {"step": 7, **NUMBERS, **options}
     if name == "reference":
-        adamw(*work.lists(), work.indices, **options)
+        adamw(*work.lists(), work.indices, counters=work.counters, **options)
     elif name == "triton_interpreter":
         from interpreter import interpreted
 
         from fastfp8.triton_kernels import adamw as module  # first, so that its kernel is swapped
 
-        with interpreted(memory=[t for ts in work.lists() for t in ts]):
+        with interpreted(memory=[t for ts in (*work.lists(), work.counters) for t in ts]):
             host(module, work, options)
     elif name == "emulator":
         run_emulated(work, options)
     else:
-        on_gpu = work.to("cuda")
-        adamw(*on_gpu, work.indices, **options)
-        for mine, theirs in zip(work.lists(), on_gpu, strict=True):
+        on_gpu, counters = work.to("cuda"), [c.cuda() for c in work.counters]
+        adamw(*on_gpu, work.indices, counters=counters, **options)
+        for mine, theirs in zip([*work.lists(), work.counters], [*on_gpu, counters], strict=True):
             for t, result in zip(mine, theirs, strict=True):
                 t.copy_(result)
 
@@ -193,7 +197,10 @@ def check(name: str, work: Work, **options: Any) -> None:
     for before, after in zip(grads, work.grads, strict=True):
         assert_same_bits(after, before, "a gradient")
     for i in range(len(work.fp8) // 4):
-        want = fastfp8.quantize(expected[0][i], (128, 128))
+        counts = new_counters("cpu")
+        want = fastfp8.quantize(expected[0][i], (128, 128), counters=counts)
+        if work.counters:
+            assert totals(work.counters[i]) == totals(counts)
         for t, value in zip(
             work.fp8[4 * i : 4 * i + 4], (want.data, want.scale, want.data.mT, want.scale.mT), strict=True
         ):
@@ -235,13 +242,13 @@ def test_dtypes(name: str, param: torch.dtype, grad: torch.dtype, moment: torch.
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_fp8(name: str, param: torch.dtype, stochastic: bool) -> None:
     """Also that random bits are those of the element, whatever tile it is in."""
-    check(name, Work(MATRICES, param, fp8=True), stochastic_rounding=stochastic, seed=5)
+    check(name, Work(MATRICES, param, fp8=True, counted=param == BF16), stochastic_rounding=stochastic, seed=5)
 
 
 @pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_tensors_that_start_anywhere(name: str, fp8: bool) -> None:
-    check(name, Work(MATRICES, fp8=fp8, offset=1), stochastic_rounding=True)
+    check(name, Work(MATRICES, fp8=fp8, counted=fp8, offset=1), stochastic_rounding=True)
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)
@@ -272,9 +279,13 @@ def test_special_values(name: str, stochastic: bool) -> None:
         for t in getattr(work, which):
             t.view(n, n).copy_(special[:, None] * torch.tensor([1.0] * (n - 1) + [0.5]))
         check(name, work, stochastic_rounding=stochastic)
-    work = Work([(n, n)], fp8=True)
+    work = Work([(n, n)], fp8=True, counted=True)
     work.masters[0][3] = special
+    work.masters[0][4] = 3e38 * 2.0 ** -torch.arange(12.0, 12 + n)  # beside what is near the largest
+    for ts in (work.grads, work.exp_avgs):
+        ts[0][4] = 0.0
     check(name, work, stochastic_rounding=stochastic)
+    assert min(totals(work.counters[0])) > 0
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)
@@ -344,26 +355,31 @@ def op_arguments(**options: Any) -> tuple[Any, ...]:
     for t in work.fp8:
         t.copy_(torch.ones(t.shape))
     numbers = (NUMBERS["lr"], NUMBERS["betas"], NUMBERS["eps"], NUMBERS["weight_decay"])
-    return (*work.lists(), work.indices, 2, *numbers, True, 3)
+    return (*work.lists(), work.counters, work.indices, 2, *numbers, True, 3)
 
 
-@pytest.mark.parametrize("options", [{}, {"param": F32, "grad": BF16}, {"fp8": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"param": F32, "grad": BF16}, {"fp8": True}, {"fp8": True, "counted": True}], ids=str
+)
 def test_opcheck(options: dict[str, Any]) -> None:
     opcheck(torch.ops.fastfp8.adamw.default, op_arguments(**options))
 
 
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
-def test_compiled(fp8: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"fp8": True}, {"fp8": True, "counted": True}], ids=str)
+def test_compiled(options: dict[str, bool]) -> None:
     """In one graph, which sees what is written."""
 
-    def step(work_lists: list[list[Tensor]]) -> Tensor:
-        adamw(*work_lists, [1, 4], step=3, **NUMBERS)
+    def step(work_lists: list[list[Tensor]], counters: list[Tensor]) -> Tensor:
+        adamw(*work_lists, [1, 4], step=3, counters=counters, **NUMBERS)
         return work_lists[2][0] * 2
 
-    eager, compiled = (Work([(5, 16), (130, 8)], fp8=fp8) for _ in range(2))
+    eager, compiled = (Work([(5, 16), (130, 8)], **options) for _ in range(2))
     torch._dynamo.reset()
-    doubled = torch.compile(step, backend="aot_eager", fullgraph=True)(compiled.lists())
-    assert_same_bits(doubled, step(eager.lists()), "what follows the step")
+    doubled = torch.compile(step, backend="aot_eager", fullgraph=True)(compiled.lists(), compiled.counters)
+    assert_same_bits(doubled, step(eager.lists(), eager.counters), "what follows the step")
+    for counted, wanted in zip(compiled.counters, eager.counters, strict=True):
+        assert totals(counted) == totals(wanted)
+        assert totals(wanted).values > 0
     for left, right in zip(eager.lists(), compiled.lists(), strict=True):
         for one, other in zip(left, right, strict=True):
             assert_same_bits(other, one, "a tensor")
@@ -372,8 +388,9 @@ def test_compiled(fp8: bool) -> None:
 def test_what_is_written_has_a_new_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though torch sees nothing of what a kernel writes."""
     monkeypatch.setattr(torch.ops.fastfp8, "adamw", lambda *args: None)
-    work = Work([(16, 16)], fp8=True)
-    written = [t for ts in (work.params, work.masters, work.exp_avgs, work.exp_avg_sqs, work.fp8) for t in ts]
+    work = Work([(16, 16)], fp8=True, counted=True)
+    lists = (work.params, work.masters, work.exp_avgs, work.exp_avg_sqs, work.fp8, work.counters)
+    written = [t for ts in lists for t in ts]
     before = [t._version for t in written]
     run("reference", work)
     assert all(t._version > version for t, version in zip(written, before, strict=True))
@@ -418,15 +435,21 @@ BAD: list[tuple[Callable[[dict[str, Any]], None], str]] = [
     (in_list("fp8", lambda t: t.t(), 2), r"'fp8\[2\], transposed data,': expected shape \(16, 5\)"),
     (in_list("fp8", lambda t: t[:0], 5), r"'fp8\[5\], scale,': expected shape \(2, 1\)"),
     (lambda a: a["fp8"].pop(), r"'fp8': expected none or 8 tensors, four a parameter, got 7"),
+    (lambda a: a["counters"].pop(), r"'counters': expected none or 2, one a parameter, got 1"),
+    (bad("fp8", []), r"'counters': expected none, as 'fp8' is empty, got 2"),
+    (in_list("counters", Tensor.int, 1), r"'counters\[1\]': expected dtype torch.int64, got torch.int32"),
+    (in_list("counters", lambda t: t[:8]), r"'counters\[0\]': expected shape \(32, 5\), as fastfp8.numerics"),
+    (in_list("counters", lambda t: t.to("meta")), r"'counters\[0\]': expected device cpu|different devices|meta"),
 ]
 
 
 @pytest.mark.parametrize(("change", "text"), BAD, ids=[text[:40] for _, text in BAD])
 def test_bad_input(change: Callable[[dict[str, Any]], None], text: str) -> None:
     """Through both entrances, and nothing is written."""
-    work = Work([(5, 16), (130, 8)], fp8=True)
-    names = ("params", "grads", "masters", "exp_avgs", "exp_avg_sqs", "fp8")
-    arguments = {**dict(zip(names, work.lists(), strict=True)), "indices": [0, 1], "step": 1, **NUMBERS}
+    work = Work([(5, 16), (130, 8)], fp8=True, counted=True)
+    names = ("params", "grads", "masters", "exp_avgs", "exp_avg_sqs", "fp8", "counters")
+    lists = (*work.lists(), work.counters)
+    arguments = {**dict(zip(names, lists, strict=True)), "indices": [0, 1], "step": 1, **NUMBERS}
     before = work.params[1].clone()
     change(arguments)
     with pytest.raises(RuntimeError, match=rf"fastfp8\.adamw: argument {text}"):

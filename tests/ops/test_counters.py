@@ -19,7 +19,7 @@ from torch import Tensor
 
 import fastfp8
 from fastfp8.counters import LANES, new_counters
-from fastfp8.layout import BLOCKS
+from fastfp8.layout import BLOCKS, empty_scale
 from fastfp8.numerics import Counts, totals
 from fastfp8.reference.activation import swiglu, swiglu_backward
 
@@ -137,7 +137,7 @@ def cases() -> dict[str, Case]:
         lambda *_: fastfp8.unpack_e5m6(packed, torch.float32),
         (first,),
     )
-    return found | backward_cases()
+    return found | backward_cases() | gemm_cases()
 
 
 def backward_cases() -> dict[str, Case]:
@@ -169,6 +169,41 @@ def backward_cases() -> dict[str, Case]:
             lambda *_: x(taken, t.dequantize(torch.float32), 7.0),
             (lambda out: _of_groups(out[0]), lambda out: out[2][:taken], lambda out: _of_groups(out[4])),
             names,
+        ),
+    }
+
+
+def gemm_cases() -> dict[str, Case]:
+    """Of gemm_swiglu_quantize: sums of small integers, which are exact, so that all backends have the same."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (ROWS, 16), (256, 16), (len(SIZES), 256, 16)
+    a, b, bs = (torch.randint(-3, 4, s, generator=generator).float().to(torch.float8_e4m3fn) for s in shapes)
+    # Gates down to -70 or so, of which SwiGLU makes what is zero in FP8.
+    a_scale = empty_scale(a, (ROWS, 1), (1, 128)).copy_(2.0 ** -(torch.arange(ROWS) % 3)[:, None])
+    weight, ends, taken = torch.linspace(-2, 2, ROWS), ends_of(SIZES), slice(0, sum(SIZES))
+    weight[::9] = torch.inf
+
+    def x(rows: slice, *args: Any) -> Tensor:
+        gate_up = OPS.gemm_swiglu_quantize(*args[:-1], True)[2][rows].float()
+        weight = None if args[6] is None else args[6][rows]
+        return swiglu(gate_up[:, :128], gate_up[:, 128:], weight, args[7])
+
+    op, host = OPS.gemm_swiglu_quantize.counted, ("gemm_swiglu_quantize",) * 2
+    dense, grouped = (a, a_scale, b, torch.ones(2, 1)), (a, a_scale, bs, torch.ones(len(SIZES), 2, 1), ends)
+    return {
+        "gemm_swiglu_quantize": Case(
+            op,
+            (*dense, None, None, weight, None, True, 0.0, False),
+            *host,
+            functools.partial(x, slice(None)),
+            (lambda out: out[0],),
+        ),
+        "gemm_swiglu_quantize, grouped": Case(
+            op,
+            (*grouped, None, weight, 9.0, False, 1e-4, False),
+            *host,
+            functools.partial(x, taken),
+            (lambda out: out[0][taken],),
         ),
     }
 
@@ -258,6 +293,7 @@ SMALL = torch.arange(-8 * 128.0, 8 * 128.0).view(8, 256).bfloat16()
 def test_opcheck(op: str) -> None:
     """In small, with rows of groups only: the others' codes are undefined."""
     case, t, packed = CASES[op], fastfp8.quantize(SMALL), fastfp8.pack_e5m6(SMALL)
+    square = fastfp8.quantize(SMALL.repeat(32, 1), (128, 128))
     small: dict[str, tuple[Any, ...]] = {
         "quantize_grouped_both": (SMALL, ends_of((3, 5)), None),
         "requantize_transpose": (t.data, t.scale),
@@ -269,6 +305,10 @@ def test_opcheck(op: str) -> None:
         "swiglu_backward_quantize, grouped": (SMALL[:, :128], t.data, t.scale, None, None, ends_of((3, 5))),
         "rmsnorm_quantize": (SMALL, torch.ones(256)),
         "rmsnorm_quantize_transpose": (SMALL, torch.ones(256), torch.ones(8)),
+        "gemm_swiglu_quantize": (t.data, t.scale, square.data, square.scale),
+        "gemm_swiglu_quantize, grouped": (
+            *(t.data, t.scale, torch.stack([square.data] * 2), torch.stack([square.scale] * 2), ends_of((3, 5))),
+        ),
     }
     opcheck(case.op, small.get(op, (SMALL,)), case.named(new_counters("cpu") for _ in case.codes))
 
@@ -298,6 +338,7 @@ def test_counting_changes_the_version_and_no_bit() -> None:
 def test_bad_counters(op: str, bad: Any, error: type[Exception], words: str) -> None:
     """Through the public functions."""
     t, grad = fastfp8.quantize(SMALL), SMALL[:, :128]
+    square = fastfp8.quantize(SMALL.repeat(32, 1), (128, 128))
     calls: dict[str, Callable[[], object]] = {
         "quantize_both": lambda: fastfp8.quantize_both(SMALL, counters=(new_counters("cpu"), bad)),
         "quantize_grouped_both": lambda: fastfp8.quantize_grouped_both(
@@ -313,6 +354,10 @@ def test_bad_counters(op: str, bad: Any, error: type[Exception], words: str) -> 
         ),
         "swiglu_backward_quantize, grouped": lambda: fastfp8.swiglu_backward_quantize(
             grad, t, offsets=ends_of((8,)), counters=(new_counters("cpu"), new_counters("cpu"), bad)
+        ),
+        "gemm_swiglu_quantize": lambda: fastfp8.gemm_swiglu_quantize(t, square, counters=bad),
+        "gemm_swiglu_quantize, grouped": lambda: fastfp8.gemm_swiglu_quantize(
+            t, fastfp8.ScaledTensor(square.data[None], square.scale[None], square.block), ends_of((8,)), counters=bad
         ),
         "rmsnorm_quantize": lambda: fastfp8.rmsnorm_quantize(SMALL, torch.ones(256), counters=bad),
         "rmsnorm_quantize_transpose": lambda: fastfp8.rmsnorm_quantize(

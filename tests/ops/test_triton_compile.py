@@ -14,6 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 from recorder import CompiledKernel, Recorder  # noqa: E402
 
+from fastfp8.counters import FIELDS, new_counters  # noqa: E402
 from fastfp8.layout import empty_scale, scale_shape, scale_shape_of  # noqa: E402
 from fastfp8.reference.adamw import factors  # noqa: E402
 from fastfp8.triton_kernels import (  # noqa: E402
@@ -79,7 +80,9 @@ def compile_wgrad(monkeypatch: pytest.MonkeyPatch, n: int, accumulate: bool, cap
     return recorder.compile(capability)
 
 
-def compile_adamw(monkeypatch: pytest.MonkeyPatch, fp8: bool, stochastic: bool, capability: int) -> CompiledKernel:
+def compile_adamw(
+    monkeypatch: pytest.MonkeyPatch, fp8: bool, counted: bool, stochastic: bool, capability: int
+) -> CompiledKernel:
     """Of a bfloat16 parameter with a float32 gradient, all of it aligned."""
     recorder = record(monkeypatch, adamw, "adamw_kernel")
     monkeypatch.setattr(adamw, "require_fp8", lambda op, device: divmod(capability, 10))
@@ -87,7 +90,8 @@ def compile_adamw(monkeypatch: pytest.MonkeyPatch, fp8: bool, stochastic: bool, 
     data, scale = torch.zeros(256, 512, dtype=torch.float8_e4m3fn), torch.zeros(2, 4)
     lists = ([moment], [wide], [wide], [moment], [moment], [data, scale, data.t().contiguous(), scale.t().contiguous()])
     f = factors(1, 1e-3, (0.9, 0.95), 1e-8, 0.1)
-    adamw.adamw(*lists[:5], lists[5] if fp8 else [], [0], 1, f, stochastic, 0)
+    counters = [new_counters("cpu")] if counted else []
+    adamw.adamw(*lists[:5], lists[5] if fp8 else [], counters, [0], 1, f, stochastic, 0)
     return recorder.compile(capability)
 
 
@@ -255,8 +259,9 @@ def test_swiglu_quantize(monkeypatch: pytest.MonkeyPatch, pow2: bool, capability
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("counted", [False, True], ids=["", "counted"])
 @pytest.mark.parametrize("groups", [0, 4])
-def test_gemm_swiglu_quantize(monkeypatch: pytest.MonkeyPatch, groups: int, capability: int) -> None:
+def test_gemm_swiglu_quantize(monkeypatch: pytest.MonkeyPatch, groups: int, counted: bool, capability: int) -> None:
     recorder = record(monkeypatch, gemm_swiglu_quantize, "gemm_swiglu_quantize_kernel")
     monkeypatch.setattr(gemm_swiglu_quantize, "require_fp8", lambda op, device: divmod(capability, 10))
     operands, rows = [], 256
@@ -264,13 +269,16 @@ def test_gemm_swiglu_quantize(monkeypatch: pytest.MonkeyPatch, groups: int, capa
         data = torch.zeros(shape, dtype=torch.float8_e4m3fn)
         operands += [data, empty_scale(data, scale_shape_of(shape, block), block)]
     words = [torch.zeros(n, dtype=torch.int32) for n in (groups, 1)] if groups else [None, None]
-    gemm_swiglu_quantize.gemm_swiglu_quantize(*operands, *words, torch.ones(rows), 7.0, True, 0.0, True)
+    options = (torch.ones(rows), 7.0, True, 0.0, True, new_counters("cpu") if counted else None)
+    gemm_swiglu_quantize.gemm_swiglu_quantize(*operands, *words, *options)
     kernel = recorder.compile(capability)
     check_common(kernel, capability)
     check_swiglu(kernel)
     check_instruction(kernel, "m64n64k32", capability)
     atomics = [o for o in opcodes(kernel) if o.startswith(("atom.", "red."))]
-    assert atomics == (["atom.global.gpu.acq_rel.or.b32"] if groups else [])
+    counts = [o for o in atomics if o.endswith(".u64")]
+    assert len(counts) == (len(FIELDS) if counted else 0)
+    assert [o for o in atomics if o not in counts] == (["atom.global.gpu.acq_rel.or.b32"] if groups else [])
 
 
 def check_swiglu(kernel: CompiledKernel) -> None:
@@ -281,14 +289,18 @@ def check_swiglu(kernel: CompiledKernel) -> None:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
-@pytest.mark.parametrize("fp8", [False, True], ids=["plain", "fp8"])
-def test_adamw(monkeypatch: pytest.MonkeyPatch, fp8: bool, stochastic: bool, capability: int) -> None:
+@pytest.mark.parametrize(
+    ("fp8", "counted"), [(False, False), (True, False), (True, True)], ids=["plain", "fp8", "counted"]
+)
+def test_adamw(monkeypatch: pytest.MonkeyPatch, fp8: bool, counted: bool, stochastic: bool, capability: int) -> None:
     """Every rounding is one of the contract; a thread has four elements at a time, 16 bytes of FP32."""
-    kernel = compile_adamw(monkeypatch, fp8, stochastic, capability)
+    kernel = compile_adamw(monkeypatch, fp8, counted, stochastic, capability)
     check_common(kernel, capability)
     ops = opcodes(kernel)
     assert float_arithmetic(kernel) <= {"mul.rn.f32", "mul.f32", "add.rn.f32", "add.f32", "sub.rn.f32", "sub.f32"}
     assert {op for op in ops if op.startswith(("sqrt", "div.")) and ".f" in op} == {"sqrt.rn.f32", "div.rn.f32"}
+    atomics = [op for op in ops if op.startswith(("atom.", "red."))]
+    assert len(atomics) == (len(FIELDS) * adamw.BLOCK_STRIPS if counted else 0)
     # Of the table 64 bits at a time, of the list of tiles too; scales one by one. Four BF16 are 8 bytes, four codes 4.
     table = {"ld.global.b64", "st.global.b32"} if fp8 else {"ld.global.b64"}
     four = {f"{op}.global.v{n}.b32" for op in ("ld", "st") for n in (2, 4)}

@@ -2,6 +2,7 @@
 #pragma once
 #include "../../ptx/cluster.cuh"
 #include "../../ptx/warp.cuh"
+#include "counters.cuh"
 #include "scheduler.cuh"
 #include "swiglu.cuh"
 
@@ -259,6 +260,24 @@ struct Epilogue {
           ptx::e4m3x2(__fmul_rn(value[0], by), __fmul_rn(value[1], by));
     }
     send<kRowBytes, 1, 1>(panel, {args.out_map, args.out, args.n / 2}, first_row, tile.end, tile.column, storer);
+    if (args.counters != nullptr) count(acc, multiplier, row, tile.end);
+  }
+
+  // Counts the results of SwiGLU in the first pass of acc, each warp its sixteen rows as far as they are before `end`.
+  __device__ __forceinline__ void count(const Acc& acc, const float (&multiplier)[2], int row, int end) const {
+    constexpr int kPairs = I::kPassColumns / 4;
+    Counts counts;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (row + 8 * half >= end) continue;
+#pragma unroll
+      for (int i = 0; i < kPairs; ++i) {
+        const float value = acc.value[i / 2 * 4 + 2 * half + i % 2];
+        counts.add(value, __fmul_rn(value, multiplier[half]));
+      }
+    }
+    const int rows = min(max(end - (row - lane() / 4), 0), 16);
+    counts.add_to(args.counters, rows * I::kPassColumns);
   }
 
   // Shared memory must outlive the reads of the last stores.

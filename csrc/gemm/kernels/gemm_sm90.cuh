@@ -303,44 +303,45 @@ struct Kernel {
   }
 
 // SwiGLU, dense or grouped: a dense one has neither ends nor groups (csrc/gemm/plan.cpp).
-#define FASTFP8_SWIGLU_SM90(NAME, GROUPING, CLUSTER)                                                         \
-  extern "C" __global__ void FASTFP8_CLUSTER_##CLUSTER NAME(                                                 \
-      const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,                          \
-      const __grid_constant__ CUtensorMap a_scale, const __grid_constant__ CUtensorMap out_map,              \
-      const __grid_constant__ CUtensorMap gate_up_map, const float* b_block_scale, void* out, void* gate_up, \
-      float* out_scale, const float* weight, const int* ends, int* error, int groups, int m, int n, int k,   \
-      int tiles_m, int tiles_n, int band, int out_scale_pitch, int weight_stride, float limit, float floor,  \
-      int pow2) {                                                                                            \
-    extern __shared__ __align__(1024) uint8_t shared[];                                                      \
-    const fastfp8::gemm::Arguments args{&a,                                                                  \
-                                        &b,                                                                  \
-                                        &a_scale,                                                            \
-                                        nullptr,                                                             \
-                                        &out_map,                                                            \
-                                        b_block_scale,                                                       \
-                                        out,                                                                 \
-                                        nullptr,                                                             \
-                                        0,                                                                   \
-                                        0,                                                                   \
-                                        m,                                                                   \
-                                        n,                                                                   \
-                                        k,                                                                   \
-                                        {tiles_m, tiles_n, band},                                            \
-                                        ends,                                                                \
-                                        groups,                                                              \
-                                        0,                                                                   \
-                                        error,                                                               \
-                                        &gate_up_map,                                                        \
-                                        gate_up,                                                             \
-                                        out_scale,                                                           \
-                                        weight,                                                              \
-                                        out_scale_pitch,                                                     \
-                                        weight_stride,                                                       \
-                                        limit,                                                               \
-                                        floor,                                                               \
-                                        pow2};                                                               \
-    using namespace fastfp8;                                                                                 \
-    using Shape = gemm::Instance<128, 256, gemm::BScales::kBlock, DType::kE4M3, gemm::Cluster::CLUSTER,      \
-                                 gemm::Grouping::GROUPING>;                                                  \
-    gemm::Kernel<Shape>{args, {shared}}.run();                                                               \
+#define FASTFP8_SWIGLU_SM90(NAME, GROUPING, CLUSTER)                                                                   \
+  extern "C" __global__ void FASTFP8_CLUSTER_##CLUSTER NAME(                                                           \
+      const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,                                    \
+      const __grid_constant__ CUtensorMap a_scale, const __grid_constant__ CUtensorMap out_map,                        \
+      const __grid_constant__ CUtensorMap gate_up_map, const float* b_block_scale, void* out, void* gate_up,           \
+      float* out_scale, const float* weight, int64_t* counters, const int* ends, int* error, int groups, int m, int n, \
+      int k, int tiles_m, int tiles_n, int band, int out_scale_pitch, int weight_stride, float limit, float floor,     \
+      int pow2) {                                                                                                      \
+    extern __shared__ __align__(1024) uint8_t shared[];                                                                \
+    const fastfp8::gemm::Arguments args{&a,                                                                            \
+                                        &b,                                                                            \
+                                        &a_scale,                                                                      \
+                                        nullptr,                                                                       \
+                                        &out_map,                                                                      \
+                                        b_block_scale,                                                                 \
+                                        out,                                                                           \
+                                        nullptr,                                                                       \
+                                        0,                                                                             \
+                                        0,                                                                             \
+                                        m,                                                                             \
+                                        n,                                                                             \
+                                        k,                                                                             \
+                                        {tiles_m, tiles_n, band},                                                      \
+                                        ends,                                                                          \
+                                        groups,                                                                        \
+                                        0,                                                                             \
+                                        error,                                                                         \
+                                        &gate_up_map,                                                                  \
+                                        gate_up,                                                                       \
+                                        out_scale,                                                                     \
+                                        weight,                                                                        \
+                                        counters,                                                                      \
+                                        out_scale_pitch,                                                               \
+                                        weight_stride,                                                                 \
+                                        limit,                                                                         \
+                                        floor,                                                                         \
+                                        pow2};                                                                         \
+    using namespace fastfp8;                                                                                           \
+    using Shape = gemm::Instance<128, 256, gemm::BScales::kBlock, DType::kE4M3, gemm::Cluster::CLUSTER,                \
+                                 gemm::Grouping::GROUPING>;                                                            \
+    gemm::Kernel<Shape>{args, {shared}}.run();                                                                         \
   }

@@ -24,6 +24,7 @@ struct Arguments {
   void* gate_up = nullptr;        // BF16 [M, n], or nullptr for none
   float* out_scale = nullptr;     // [M, n / 256], column-major, columns out_scale_pitch floats apart
   const float* weight = nullptr;  // nullptr, or one for each row, weight_stride floats apart
+  int64_t* counters = nullptr;    // nullptr, or [kCounterLanes, kCounterFields], to which is added
   int out_scale_pitch = 0, weight_stride = 0;
   float limit = 0, floor = 0;  // of gate and up, infinite for none; of amax
   int pow2 = 0;
