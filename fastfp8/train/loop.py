@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -227,7 +226,7 @@ def train(
     save_every: int = 0,
     stop_after: int | None = None,
     log_every: int = 10,
-    file: TextIO | None = sys.stderr,
+    file: TextIO | None = None,
 ) -> Curve:
     """Train, from the last checkpoint in ``out`` if there is one and ``resume``.
 
@@ -238,7 +237,7 @@ def train(
         save_every: steps between checkpoints, at the end too; 0 for none.
         stop_after: end there, with a checkpoint, as if it was interrupted.
         log_every: steps between lines of progress.
-        file: where those go, from rank 0.
+        file: where those go, from rank 0; None for none.
 
     Returns:
         What each step measured, from the first on.
@@ -247,6 +246,7 @@ def train(
         RankLost: another rank ended or does not answer.
         FloatingPointError: the loss is no longer finite.
     """
+    torch.manual_seed(options.seed)
     trainer = Trainer(options, precision, text, ranks, device)
     curve = Curve(name)
     progress = Progress(name, options, log_every, trainer.tokens, file if ranks.rank == 0 else None)
@@ -257,7 +257,7 @@ def train(
             curve = Curve(**state["curve"])
         last = options.steps if stop_after is None else min(stop_after, options.steps)
         while trainer.step < last:
-            with ranks.naming(trainer.step):
+            with ranks.naming(trainer.step, max(curve.seconds, default=0.0)):
                 start = time.perf_counter()
                 measured = trainer.run_step()
                 seconds = time.perf_counter() - start
@@ -273,7 +273,7 @@ def train(
                 if save_every and (trainer.step % save_every == 0 or ends):
                     checkpoint.save(out, trainer.step, {**trainer.state_dict(), "curve": vars(curve).copy()}, ranks)
         if trainer.step == options.steps:
-            with ranks.naming(trainer.step):
+            with ranks.naming(trainer.step, _HELD_OUT * max(curve.seconds, default=0.0)):
                 curve.held_out["parameters"] = trainer.held_out_loss()
                 with trainer.ema.applied():
                     curve.held_out["averages"] = trainer.held_out_loss()

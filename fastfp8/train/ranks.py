@@ -13,7 +13,7 @@ from torch._C._distributed_c10d import Store
 
 _KEY = "fastfp8.train/failed"
 _OF_OTHERS = "-"  # what a rank says that failed for want of others
-_POLL_S = 0.02
+_POLL_S, _GRACE_S = 0.02, 2.0
 # Elements that travel together.
 _BUCKET = 1 << 24
 
@@ -38,18 +38,12 @@ class RankLost(RuntimeError):
 
 
 class Ranks:
-    """All ranks of the default process group, or this process alone where there is none.
+    """All ranks of the default process group, or this process alone where there is none."""
 
-    Args:
-        grace: seconds that ranks which failed wait for the others to fail too, which these do when they next want
-            something of each other.
-    """
-
-    def __init__(self, grace: float = 10.0) -> None:
+    def __init__(self) -> None:
         self.group = dist.group.WORLD if dist.is_initialized() else None
         self.rank = dist.get_rank() if self.group is not None else 0
         self.world = dist.get_world_size() if self.group is not None else 1
-        self.grace = grace
 
     def sum(self, tensors: Sequence[Tensor]) -> None:
         """Add float32 tensors of all ranks up, in place."""
@@ -74,8 +68,12 @@ class Ranks:
             dist.barrier(self.group)
 
     @contextlib.contextmanager
-    def naming(self, step: int) -> Iterator[None]:
-        """What goes wrong inside is told to the other ranks; what is wrong with these, raised as :class:`RankLost`."""
+    def naming(self, step: int, longest: float) -> Iterator[None]:
+        """What goes wrong inside is told to the other ranks; what is wrong with these, raised as :class:`RankLost`.
+
+        Whoever notices waits for the others to notice too, which they do when they next want something of each other:
+        within ``longest``, the seconds of a step.
+        """
         start = time.monotonic()
         try:
             yield
@@ -87,17 +85,17 @@ class Ranks:
                 with contextlib.suppress(RuntimeError):
                     store.set(f"{_KEY}/{self.rank}", f"{type(error).__name__}: {error}")
                 raise
-            silent, said = self._roll_call(store)
+            silent, said = self._roll_call(store, _GRACE_S + 2 * longest)
             lost = sorted({*silent, *said})
             if not lost:
                 raise
             raise RankLost(lost, said, step, time.monotonic() - start) from error
 
-    def _roll_call(self, store: Store) -> tuple[list[int], dict[int, str]]:
-        """Ranks that do not say within the grace that they failed, and what those say that failed by themselves."""
+    def _roll_call(self, store: Store, grace: float) -> tuple[list[int], dict[int, str]]:
+        """Ranks that do not say in ``grace`` seconds that they failed, and what those say that did by themselves."""
         silent = [rank for rank in range(self.world) if rank != self.rank]
         said: dict[int, str] = {}
-        end = time.monotonic() + self.grace
+        end = time.monotonic() + grace
         # Where the store is gone, so is the process that holds it; then nobody can be told from another.
         with contextlib.suppress(RuntimeError):
             store.set(f"{_KEY}/{self.rank}", _OF_OTHERS)
