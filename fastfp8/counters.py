@@ -1,8 +1,8 @@
 """Counts of what quantisation did to values: how they are kept, and what each of them counts.
 
 A tensor of counters is int64 [LANES, 5], and the counts are the sums of its columns (FIELDS). A program of a kernel
-adds to row ``program % LANES``, one integer atomic a count for all that it quantises at a time (in CUDA C++, that one of
-its warps does), so that not all of them meet at one address; sums of integers do not depend on their order. With
+adds to row ``program % LANES``, one integer atomic a count for all that it quantises at a time, in CUDA C++ each warp
+for itself. So not all of them meet at one address; sums of integers do not depend on their order. With
 ``p = x * multiplier``, the FP32 product that is rounded to a code:
 
 ============ ========================================================== ===========================================
@@ -17,7 +17,7 @@ nonfinite    ``x`` is an infinity or a NaN
 ============ ========================================================== ===========================================
 
 The scale of a block comes from its own amax, so that no finite value saturates: of these ops ``saturated`` counts the
-infinities. An ``x`` that another op computes first, as SwiGLU, is its FP32 result; of AdamW it is the new master weight.
+infinities. An ``x`` that another op computes first, as SwiGLU, is its FP32 result; of AdamW, the new master.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ class Counted:
     """A module or an optimizer whose quantisations can be counted, each by its role: see :mod:`fastfp8.numerics`."""
 
     counters: dict[str, Tensor] | None = None
+    """What the kernels count into, by role; None counts nothing."""
+    statistics: dict[str, Tensor] | None = None
+    """What :func:`fastfp8.observation.observe` adds to, by role, in a step that is watched; None in others."""
 
     def roles(self) -> dict[str, torch.device]:
         """What can be counted, and on which device each is quantised."""

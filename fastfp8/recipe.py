@@ -90,7 +90,11 @@ class Recipe:
 
     def keeps(self, name: str) -> bool:
         """Whether the Linear of this qualified name stays in high precision."""
-        return _matches(name, self.high_precision)
+        return self.kept_by(name) is not None
+
+    def kept_by(self, name: str) -> str | None:
+        """The first pattern of ``high_precision`` that matches this qualified name."""
+        return next((pattern for pattern in self.high_precision if _matches(name, (pattern,))), None)
 
     def cache_of(self, name: str) -> str:
         """In what the input of the Linear of this qualified name is kept for backward."""

@@ -1,6 +1,21 @@
 """Modules composed of fastfp8 ops, and the swap that puts them into a model."""
 
-from .convert import convert
+from .convert import Conversion, convert
+from .convertible import Convertible
+from .grouped_linear import GroupedLinear
 from .linear import Linear
+from .moe import MoE, SwiGLU
+from .weight import FP8Weight, share_weights, use_main_grad
 
-__all__ = ["Linear", "convert"]
+__all__ = [
+    "Conversion",
+    "Convertible",
+    "FP8Weight",
+    "GroupedLinear",
+    "Linear",
+    "MoE",
+    "SwiGLU",
+    "convert",
+    "share_weights",
+    "use_main_grad",
+]

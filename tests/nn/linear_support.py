@@ -9,9 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastfp8
 import fastfp8.nn
+from fastfp8 import Format, Recipe
 
 E4M3 = torch.float8_e4m3fn
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+ROW, SQUARE = (1, 128), (128, 128)
+# FP32 scales for all but weights, whose are so by default.
+FP32_SCALES = Recipe(activation=Format(ROW, pow2=False), gradient=Format(ROW, pow2=False))
 
 
 def sqnr(actual: Tensor, exact: Tensor) -> float:
@@ -40,15 +44,18 @@ def gradients(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, *paramet
 
 
 class QuantizeCalls(TorchDispatchMode):
-    """Records the blocks of the calls of fastfp8.quantize."""
+    """Records the blocks of the calls of fastfp8.quantize, and the names of other ops that quantise."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks: list[tuple[int, ...]] = []
+        self.others: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.fastfp8.quantize.default:
             self.blocks.append(tuple(args[1]))
+        elif func.namespace == "fastfp8" and "quantize" in func._opname:
+            self.others.append(func._opname)
         return func(*args, **(kwargs or {}))
 
     @property

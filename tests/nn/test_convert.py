@@ -1,5 +1,6 @@
 """fastfp8.nn.convert: what is swapped, what is left alone, what stays shared."""
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 import fastfp8.nn
+from fastfp8 import Format, Recipe
 
 FP8Linear = fastfp8.nn.Linear
 
@@ -33,6 +35,8 @@ class Block(nn.Module):
 
 
 LINEARS = ["up", "layers.0", "layers.1.1", "again", "table.down", "head"]
+# Nothing stays by its name.
+ALL = Recipe(high_precision=())
 TOKENS = torch.arange(20).reshape(2, 10)
 
 
@@ -46,9 +50,10 @@ def test_swaps_every_linear_in_place_over_the_same_parameters() -> None:
     exact = model(TOKENS)
     parameters = dict(model.named_parameters())
     state = list(model.state_dict())
-    assert fastfp8.nn.convert(model, pow2=False) is model
+    conversion = fastfp8.nn.convert(model, ALL)
+    assert conversion.module is model
     converted = [model.get_submodule(name) for name in LINEARS]
-    assert all(type(layer) is FP8Linear and not layer.pow2 for layer in converted)
+    assert all(type(layer) is FP8Linear and layer.recipe is ALL for layer in converted)
     assert model.again is model.layers[0]
     assert model.head.weight is model.embed.weight
     after = dict(model.named_parameters())
@@ -69,7 +74,8 @@ def test_filter_sees_each_linear_once_by_its_first_name() -> None:
         assert seen.setdefault(name, linear) is linear
         return name != "head"
 
-    fastfp8.nn.convert(model, keep_head)
+    conversion = fastfp8.nn.convert(model, ALL, filter=keep_head)
+    assert conversion.left["head"] == "filter"
     assert list(seen) == ["up", "layers.0", "layers.1.1", "table.down", "head"]
     assert seen["up"].out_features == 96
     assert type(model.head) is nn.Linear
@@ -77,7 +83,7 @@ def test_filter_sees_each_linear_once_by_its_first_name() -> None:
 
 
 def test_freeze_drops_the_weights_and_changes_no_output() -> None:
-    model, frozen = fastfp8.nn.convert(Block()), fastfp8.nn.convert(Block(), freeze=True)
+    model, frozen = (fastfp8.nn.convert(Block(), ALL, freeze=freeze).module for freeze in (False, True))
     assert torch.equal(frozen(TOKENS), model(TOKENS))
     assert all(frozen.get_submodule(name).frozen for name in LINEARS)
     assert set(dict(frozen.named_parameters())) == {"embed.weight", "up.bias", "layers.0.bias", "table.down.bias"}
@@ -85,24 +91,78 @@ def test_freeze_drops_the_weights_and_changes_no_output() -> None:
 
 def test_a_root_linear_is_returned_anew() -> None:
     linear = nn.Linear(16, 8)
-    assert fastfp8.nn.convert(linear, lambda name, _: name != "") is linear
-    converted = fastfp8.nn.convert(linear)
+    assert fastfp8.nn.convert(linear, filter=lambda name, _: name != "").module is linear
+    converted = fastfp8.nn.convert(linear).module
     assert type(converted) is FP8Linear
     assert converted.weight is linear.weight
 
 
-def test_converted_ones_and_subclasses_are_left_alone() -> None:
-    class Special(nn.Linear):
-        pass
+class Special(nn.Linear):
+    pass
 
-    model = nn.Sequential(FP8Linear(8, 8, pow2=False), Special(8, 8), nn.LazyLinear(8), nn.Linear(8, 8))
-    before = list(model)
-    fastfp8.nn.convert(model, freeze=True)
-    assert list(model)[:3] == before[:3]
-    assert not model[0].frozen
-    assert type(model[3]) is FP8Linear
-    converted = list(model)
-    assert list(fastfp8.nn.convert(model)) == converted
+
+def test_what_is_left_is_told_with_the_reason() -> None:
+    hooked = nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda *_: None)
+    model = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(4, 8),
+            "norm": nn.RMSNorm(8),
+            "gate": nn.Linear(8, 8),
+            "gate_proj": nn.Linear(8, 8),
+            "o_proj": nn.Linear(8, 8),
+            "special": Special(8, 8),
+            "lazy": nn.LazyLinear(8),
+            "hooked": hooked,
+            "fp64": nn.Linear(8, 8, dtype=torch.float64),
+            "frozen": FP8Linear(8, 8).freeze(),
+            "conv": nn.Conv1d(1, 1, 1),
+            "mine": FP8Linear(8, 8, recipe=None),
+            "relu": nn.ReLU(),
+        }
+    )
+    before = dict(model.items())
+    conversion = fastfp8.nn.convert(model)
+    assert conversion.changed == {
+        "gate_proj": "Linear, input kept as e4m3",
+        "o_proj": "Linear, input kept as e5m6",
+        "mine": "Linear, input kept as e4m3",
+    }
+    assert conversion.left == {
+        "embed": "embedding: section 3.3.1",
+        "norm": "norm: section 3.3.1",
+        "gate": "high_precision pattern 'gate': section 3.3.1",
+        "special": "Special, a subclass of Linear: its owner may read the weight without calling it",
+        "lazy": "LazyLinear, a subclass of Linear: its owner may read the weight without calling it",
+        "hooked": "has hooks: register them after the conversion",
+        "fp64": "dtype torch.float64",
+        "frozen": "frozen: it has no master weight",
+        "conv": "Conv1d is no Linear",
+    }
+    assert all(model[name] is before[name] for name in conversion.left)
+    assert model["mine"] is before["mine"]
+    assert model["mine"].recipe == conversion.recipe == Recipe()
+    lines = str(conversion).splitlines()
+    assert lines[0] == "3 modules in FP8, 9 left in high precision"
+    assert [line.split()[:2] for line in lines[1:3]] == [["fp8", "gate_proj"], ["fp8", "o_proj"]]
+    assert lines[4].split() == ["left", "embed", "embedding:", "section", "3.3.1"]
+
+
+def test_a_second_conversion_changes_the_recipe_and_none_takes_it_away() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32))
+    exact = copy.deepcopy(model)
+    x = torch.randn(5, 64)
+    fastfp8.nn.convert(model)
+    layers = list(model)
+    other = Recipe(activation=Format((1, 128), pow2=False), high_precision=("2",))
+    conversion = fastfp8.nn.convert(model, other)
+    assert list(model) == layers
+    assert model[0].recipe is other
+    assert model[2].recipe is None
+    assert conversion.left == {"2": "high_precision pattern '2': section 3.3.1"}
+    assert not torch.equal(model(x), exact(x))
+    assert fastfp8.nn.convert(model, None).left == {"0": "the recipe is None", "2": "the recipe is None"}
+    assert torch.equal(model(x), exact(x))
 
 
 def test_multihead_attention_still_works() -> None:
@@ -142,12 +202,11 @@ def test_transformer_encoder_layer_with_its_fast_path_is_a_clear_error_once_froz
         layer(torch.randn(2, 5, 64))
 
 
-def test_an_error_names_the_layer_and_leaves_the_model_unchanged() -> None:
+def test_an_argument_of_another_type_is_an_error() -> None:
     model = Block()
-    model.table["down"].register_forward_hook(lambda *_: None)
-    before = [model.get_submodule(name) for name in LINEARS]
-    with pytest.raises(ValueError, match=r"no hooks.*in 'table\.down'"):
-        fastfp8.nn.convert(model)
-    assert [model.get_submodule(name) for name in LINEARS] == before
     with pytest.raises(TypeError, match=r"argument 'module': expected a torch\.nn\.Module, got list"):
         fastfp8.nn.convert([model])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"argument 'recipe': expected a fastfp8\.Recipe or None, got str"):
+        fastfp8.nn.convert(model, "fp8")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"argument 'freeze': expected a bool, got int"):
+        fastfp8.nn.convert(model, freeze=1)  # type: ignore[arg-type]

@@ -4,12 +4,26 @@ import copy
 
 import pytest
 import torch
-from linear_support import BF16, E4M3, FP16, FP32, QuantizeCalls, gradients, normal_linear, sqnr, values
+from linear_support import (
+    BF16,
+    E4M3,
+    FP16,
+    FP32,
+    FP32_SCALES,
+    ROW,
+    SQUARE,
+    QuantizeCalls,
+    gradients,
+    normal_linear,
+    sqnr,
+    values,
+)
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastfp8
 import fastfp8.nn
+from fastfp8 import Format, Recipe
 
 # M, K, N: whole blocks; nothing that fits; one token; an edge block of one element; fewer features than an alignment.
 SHAPES = [(256, 256, 384), (37, 100, 50), (1, 16, 8), (130, 129, 257), (5, 1, 3)]
@@ -17,61 +31,118 @@ SHAPES = [(256, 256, 384), (37, 100, 50), (1, 16, 8), (130, 129, 257), (5, 1, 3)
 
 # --- values
 
+# Name to recipe and cache. Squares for the gradient are the experiment of appendix B.2; its weights are powers of two.
+RECIPES = {
+    "default": (Recipe(), "e4m3"),
+    "e5m6": (Recipe(), "e5m6"),
+    "bf16": (Recipe(), "bf16"),
+    "fp32scales": (FP32_SCALES, "e4m3"),
+    "fp32scales-e5m6": (FP32_SCALES, "e5m6"),
+    "squares": (Recipe(weight=Format(SQUARE, pow2=True), gradient=Format(SQUARE, pow2=True)), "e4m3"),
+}
 
-@pytest.mark.parametrize("pow2", [True, False], ids=["pow2", "fp32scales"])
+
+def expected_values(
+    layer: fastfp8.nn.Linear, x: Tensor, dy: Tensor, recipe: Recipe, cache: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, dx and dw in FP64, of operands quantised and dequantised here one by one."""
+
+    def rounded(t: Tensor, block: tuple[int, int], pow2: bool) -> Tensor:
+        return values(fastfp8.quantize(t, block, pow2=pow2))
+
+    forward, back = recipe.activation.pow2, recipe.gradient.pow2
+    x8 = rounded(x, ROW, forward)
+    w8 = rounded(layer.weight.detach(), SQUARE, recipe.weight.pow2)
+    kept = {"e4m3": x8.float(), "bf16": x, "e5m6": fastfp8.unpack_e5m6(fastfp8.pack_e5m6(x), FP32)}[cache]
+    retiled = rounded(kept, (128, 1), forward)
+    square = recipe.gradient.block == SQUARE
+    by_token, along_tokens = (rounded(dy, SQUARE if square else block, back) for block in (ROW, (128, 1)))
+    return x8 @ w8.t() + layer.bias.double(), by_token @ w8, along_tokens.t() @ retiled
+
+
+@pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-def test_each_gemm_is_the_fp64_product_of_the_right_operands(shape: tuple[int, int, int], pow2: bool) -> None:
+def test_each_gemm_is_the_fp64_product_of_the_right_operands(shape: tuple[int, int, int], name: str) -> None:
     m, k, n = shape
-    layer = normal_linear(k, n, pow2=pow2)
+    recipe, cache = RECIPES[name]
+    layer = normal_linear(k, n, recipe=recipe, cache=cache)
     x, dy = torch.randn(m, k), torch.randn(m, n)
     y = layer(x)
-    dx, dw, db = gradients(layer, x, dy, layer.weight, layer.bias)
-
-    x8 = fastfp8.quantize(x, (1, 128), pow2=pow2)
-    w8 = values(fastfp8.quantize(layer.weight.detach(), (128, 128)))
-    retiled = values(fastfp8.quantize(x8.dequantize(), (128, 1), pow2=pow2))
-    dy_by_token = values(fastfp8.quantize(dy, (1, 128), pow2=pow2))
-    dy_along_tokens = values(fastfp8.quantize(dy, (128, 1), pow2=pow2))
-    expected = {
-        "y": (y, values(x8) @ w8.t() + layer.bias.double()),
-        "dx": (dx, dy_by_token @ w8),
-        "dw": (dw, dy_along_tokens.t() @ retiled),
-        "db": (db, dy.double().sum(0)),
-    }
-    for name, (actual, exact) in expected.items():
-        assert actual.shape == exact.shape, name
-        assert actual.is_contiguous(), name
+    actual = (y, *gradients(layer, x, dy, layer.weight, layer.bias))
+    expected = (*expected_values(layer, x, dy, recipe, cache), dy.double().sum(0))
+    for what, got, exact in zip(("y", "dx", "dw", "db"), actual, expected, strict=True):
+        assert got.shape == exact.shape, what
+        assert got.is_contiguous(), what
         # FP32 sums of up to 257 products: 130 dB and more; a wrong block or a missed bias is below 40.
-        assert sqnr(actual, exact) > 110, name
+        assert sqnr(got, exact) > 110, what
 
 
+# Least SQNR of y and dx, of dw: measured 28.5 to 28.8, and of dw 28.5, 31.5 (E5M6, BF16) and, re-tiled between FP32
+# scales with a loss, 27.0. Squares cost little on data without outliers.
+NOISE = {"default": 28.2, "e5m6": 28.2, "bf16": 28.2, "fp32scales": 26.5, "fp32scales-e5m6": 28.2, "squares": 28.2}
+
+
+@pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("shape", [(512, 512, 384), (300, 1000, 130)], ids=lambda s: "x".join(map(str, s)))
-def test_signal_to_noise_against_torch_linear_on_normal_data(shape: tuple[int, int, int]) -> None:
-    """Measured: 28.5 dB for y, dx and dw with pow2; 28.7, 28.7 and 27.0 with FP32 scales, which re-tile with a loss."""
+def test_signal_to_noise_against_fp64_autograd_on_normal_data(shape: tuple[int, int, int], name: str) -> None:
     m, k, n = shape
-    exact = normal_linear(k, n)
+    recipe, cache = RECIPES[name]
+    layer = normal_linear(k, n, recipe=recipe, cache=cache)
+    exact = nn.Linear(k, n).double()
+    exact.load_state_dict(layer.state_dict())
     x, dy = torch.randn(m, k), torch.randn(m, n)
-    expected = nn.functional.linear(x, exact.weight, exact.bias)
-    expected_grads = (dy @ exact.weight, dy.t() @ x, dy.sum(0))
-    noise = {}
-    for pow2 in (True, False):
-        layer = fastfp8.nn.Linear(k, n, pow2=pow2)
-        layer.load_state_dict(exact.state_dict())
-        assert sqnr(layer(x), expected) > 28.2
-        dx, dw, db = gradients(layer, x, dy, layer.weight, layer.bias)
-        assert sqnr(dx, expected_grads[0]) > 28.2
-        assert torch.allclose(db, expected_grads[2], rtol=1e-5, atol=1e-4)
-        noise[pow2] = sqnr(dw, expected_grads[1])
-    assert noise[True] > 28.2
-    assert 26.5 < noise[False] < noise[True] - 1
+    y, grads = layer(x), gradients(layer, x, dy, layer.weight, layer.bias)
+    y64 = exact(x.double())
+    dx, dw, db = gradients(exact, x.double(), dy.double(), exact.weight, exact.bias)
+    assert sqnr(y, y64) > 28.2
+    assert sqnr(grads[0], dx) > 28.2
+    assert sqnr(grads[1], dw) > NOISE[name]
+    assert sqnr(grads[2], db) > 110
 
 
-def test_no_gradient_is_quantised_in_square_blocks() -> None:
-    layer = normal_linear(256, 256)
-    y = layer(torch.randn(32, 256, requires_grad=True))
-    with QuantizeCalls() as calls:
-        y.sum().backward()
-    assert sorted(calls.blocks) == [(1, 128), (128, 1), (128, 1)]
+def test_gradients_are_quantised_from_one_read_and_in_square_blocks_only_where_the_recipe_says_so() -> None:
+    expected = {"default": ([SQUARE], ["quantize_both", "requantize_transpose"]), "squares": ([SQUARE, SQUARE], None)}
+    for name, (blocks, others) in expected.items():
+        recipe, cache = RECIPES[name]
+        layer = normal_linear(256, 256, recipe=recipe, cache=cache)
+        y = layer(torch.randn(32, 256, requires_grad=True))
+        with QuantizeCalls() as calls:
+            y.sum().backward()
+        assert calls.blocks == blocks  # the weight; with squares the gradient too
+        assert others is None or calls.others == others
+
+
+def test_a_recipe_of_none_is_torch_linear() -> None:
+    layer = normal_linear(48, 40, recipe=None)
+    exact = nn.Linear(48, 40)
+    exact.load_state_dict(layer.state_dict())
+    x, dy = torch.randn(5, 48), torch.randn(5, 40)
+    for dtype in (None, BF16):
+        with torch.autocast("cpu", BF16, enabled=dtype is not None):
+            assert torch.equal(layer(x), exact(x))
+            ours = gradients(layer, x, dy.to(dtype or FP32), layer.weight, layer.bias)
+            theirs = gradients(exact, x, dy.to(dtype or FP32), exact.weight, exact.bias)
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_without_promotion_the_sum_is_that_of_the_tensor_core_alone() -> None:
+    """On values of one sign, where truncation adds up: measured 10.5% too small, with promotion 0.1%."""
+    plain, promoted = (
+        fastfp8.nn.Linear(2048, 16, bias=False, recipe=Recipe(weight=Format(SQUARE, pow2=True), promotion=p))
+        for p in (None, 128)
+    )
+    x = torch.rand(4, 2048)
+    with torch.no_grad():
+        plain.weight.uniform_(0, 1)
+        promoted.weight.copy_(plain.weight)
+        w8 = fastfp8.quantize(plain.weight, SQUARE, pow2=True).dequantize()
+        exact = fastfp8.quantize(x, pow2=True).dequantize() @ w8.t()
+        loss = [float(((y - exact) / exact).mean()) for y in (plain(x), promoted(x))]
+    assert loss[0] < -0.02
+    assert abs(loss[1]) < 1e-5
+    dx, dw = gradients(plain, x, torch.randn(4, 16), plain.weight)
+    assert dx.isfinite().all()
+    assert dw.isfinite().all()
 
 
 @pytest.mark.parametrize("lead", [(), (1,), (0,), (2, 0), (3, 7), (2, 3, 4)], ids=str)
@@ -174,22 +245,45 @@ def test_autocast_feeds_a_layer_what_the_one_before_it_gave() -> None:
 
 
 def saved_for_backward(layer: nn.Module, x: Tensor) -> list[Tensor]:
+    """What is saved beside parameters."""
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in parameters:
+            saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         layer(x)
     return saved
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_the_input_is_saved_in_fp8_only(compiled: bool) -> None:
-    layer = normal_linear(512, 256)
+# Bytes of 64 tokens of 512 features, in the cache and in FP32 scales, 1 a token and 128 features.
+KEPT = {"e4m3": (E4M3, 64 * 512, 4 * 64 * 4), "e5m6": (torch.int32, 64 * 512 * 3 // 2, 4 * 64 * 4)}
+
+
+@pytest.mark.parametrize("cache", ["e4m3", "e5m6", "bf16"])
+def test_the_input_is_saved_in_its_cache_only(cache: str) -> None:
+    layer = normal_linear(512, 256, cache=cache)
     x = torch.randn(64, 512, dtype=BF16, requires_grad=True)
-    module = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
-    saved = saved_for_backward(module, x)
-    in_fp8, in_fp32 = (sum(t.untyped_storage().nbytes() for t in saved if t.dtype == d) for d in (E4M3, FP32))
-    assert {t.dtype for t in saved} == {E4M3, FP32}
-    assert in_fp8 == 64 * 512 + 256 * 512  # x and the weight, a byte an element
-    assert in_fp32 == 4 * (64 * 4 + 2 * 4)  # their scales
+    saved = saved_for_backward(layer, x)
+    if cache == "bf16":
+        assert [t.untyped_storage().data_ptr() for t in saved] == [x.untyped_storage().data_ptr()]
+        return
+    dtype, codes, scales = KEPT[cache]
+    assert [(t.dtype, t.untyped_storage().nbytes()) for t in saved] == [(dtype, codes), (FP32, scales)]
+
+
+@pytest.mark.parametrize("cache", ["e4m3", "bf16"])
+def test_a_compiled_layer_saves_the_input_in_fp8(cache: str) -> None:
+    """AOTAutograd computes in forward what depends on no gradient: of other caches than E4M3 Wgrad's very operand."""
+    torch._dynamo.reset()
+    layer = normal_linear(512, 256, cache=cache)
+    x = torch.randn(64, 512, dtype=BF16, requires_grad=True)
+    saved = saved_for_backward(torch.compile(layer, fullgraph=True, backend="aot_eager"), x)
+    scales = {"e4m3": 4 * 64 * 4, "bf16": 4 * 512}[cache]
+    assert [(t.dtype, t.untyped_storage().nbytes()) for t in saved] == [(E4M3, 64 * 512), (FP32, scales)]
 
 
 def test_nothing_is_saved_for_a_gradient_that_is_not_wanted() -> None:
@@ -198,7 +292,7 @@ def test_nothing_is_saved_for_a_gradient_that_is_not_wanted() -> None:
     assert sorted(t.nbytes for t in saved_for_backward(layer, x.detach())) == [4 * 64 * 4, 64 * 512]
     with torch.no_grad():
         assert saved_for_backward(layer, x) == []
-    layer.weight.requires_grad_(False)
+    layer.weight.requires_grad_(False)  # the kept FP8 weight serves Dgrad
     assert sorted(t.nbytes for t in saved_for_backward(layer, x)) == [4 * 2 * 4, 256 * 512]
 
 
@@ -213,7 +307,9 @@ def test_only_wanted_gradients_are_computed(wanted: str) -> None:
     y = layer(x)
     with QuantizeCalls() as calls:
         y.backward(dy)
-    assert calls.blocks == {"x": [(1, 128)], "weight": [(128, 1)] * 2, "bias": []}[wanted]
+    # Of the input: nothing but the gradient; its weight is kept. Of the weight: dy along the tokens; x is re-tiled.
+    assert calls.blocks == {"x": [ROW], "weight": [ROW], "bias": []}[wanted]
+    assert calls.others == {"x": [], "weight": ["requantize_transpose"], "bias": []}[wanted]
     for name, leaf in leaves.items():
         assert (leaf.grad is None) == (name != wanted)
     assert torch.equal(leaves[wanted].grad, everything[wanted])  # type: ignore[arg-type]
@@ -248,7 +344,7 @@ def test_training_follows_fp32() -> None:
         model: nn.Module = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 64))
         teacher = nn.Sequential(nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 64))
         if convert:
-            fastfp8.nn.convert(model)
+            fastfp8.nn.convert(model, Recipe())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
         history = []
         for _ in range(60):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from linear_support import BF16, E4M3, FP16, FP32, QuantizeCalls, gradients, normal_linear
+from linear_support import BF16, E4M3, FP16, FP32, FP32_SCALES, QuantizeCalls, gradients, normal_linear
 from torch import Tensor, nn
 
 import fastfp8
@@ -182,7 +182,7 @@ def by_torch_save(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("frozen", [False, True], ids=["master", "frozen"])
 @pytest.mark.parametrize("clone", [copy.deepcopy, by_pickle, by_torch_save], ids=lambda f: f.__name__)
 def test_copies(clone: Callable[[nn.Module], nn.Module], frozen: bool) -> None:
-    layer, x = normal_linear(64, 96, pow2=False).eval(), torch.randn(4, 64)
+    layer, x = normal_linear(64, 96, recipe=FP32_SCALES, cache="e5m6").eval(), torch.randn(4, 64)
     with torch.no_grad():
         expected = layer(x)  # leaves a kept FP8 weight behind
         if frozen:
@@ -190,7 +190,7 @@ def test_copies(clone: Callable[[nn.Module], nn.Module], frozen: bool) -> None:
         again = clone(layer)
         assert isinstance(again, fastfp8.nn.Linear)
         assert torch.equal(again(x), expected)
-        assert (again.pow2, again.frozen) == (False, frozen)
+        assert (again.recipe, again.cache, again.frozen) == (FP32_SCALES, "e5m6", frozen)
         if not frozen:
             assert len(pickle.dumps(layer)) < 64 * 96 * 4 + 3000  # no FP8 copy beside the FP32 weight
             again.weight.zero_()
@@ -226,9 +226,10 @@ def test_to_dtype_and_device() -> None:
 
 
 def test_repr_tells_what_it_is() -> None:
-    layer = fastfp8.nn.Linear(8, 4, pow2=False)
-    assert repr(layer) == "Linear(in_features=8, out_features=4, bias=True, pow2=False)"
-    assert repr(layer.freeze()).endswith("pow2=False, frozen)")
+    layer = fastfp8.nn.Linear(8, 4)
+    assert repr(layer) == "Linear(in_features=8, out_features=4, bias=True, cache='e4m3')"
+    assert repr(layer.freeze()).endswith("cache='e4m3', frozen)")
+    assert repr(fastfp8.nn.Linear(8, 4, recipe=None)).endswith("bias=True, recipe=None)")
 
 
 # --- freeze
@@ -303,11 +304,12 @@ def test_training_a_frozen_layer_is_a_clear_error() -> None:
 def test_from_float_shares_the_parameters() -> None:
     linear = nn.Linear(32, 48).eval()
     random_state = torch.get_rng_state()
-    layer = fastfp8.nn.Linear.from_float(linear, pow2=False)
+    layer = fastfp8.nn.Linear.from_float(linear, FP32_SCALES, "bf16")
     assert torch.equal(torch.get_rng_state(), random_state)
     assert layer.weight is linear.weight
     assert layer.bias is linear.bias
-    assert (layer.in_features, layer.out_features, layer.training, layer.pow2) == (32, 48, False, False)
+    assert (layer.in_features, layer.out_features, layer.training) == (32, 48, False)
+    assert (layer.recipe, layer.cache) == (FP32_SCALES, "bf16")
     assert fastfp8.nn.Linear.from_float(nn.Linear(32, 48, bias=False)).bias is None
 
 
