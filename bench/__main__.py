@@ -41,6 +41,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             family.add_argument(
                 "--machine", default="H800", choices=("H800", "H100", "H200", "H20"), help="for --simulate"
             )
+            from .comm_options import add_arguments
+
+            add_arguments(family)
     night = commands.add_parser("nightly", help="tests, every family, report, regression gate")
     night.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the results go")
     night.add_argument("--baseline", type=Path, help="a run or a folder of runs (default: this machine's history)")
@@ -73,6 +76,12 @@ def run_family(options: argparse.Namespace) -> int:
     return 0 if passed(found) else 1
 
 
+def started_by_torchrun() -> bool:
+    from torch.distributed import is_torchelastic_launched
+
+    return is_torchelastic_launched()
+
+
 def passed(run: Run) -> bool:  # type: ignore[name-defined]  # noqa: F821
     return all(row.passed for row in run.rows) and not any(n.failed for n in run.not_run)
 
@@ -99,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(comm_simulate.tables(options.machine))
         return 0
+    if options.command == "comm" and started_by_torchrun():
+        from .comm_torchrun import run
+
+        return run(options)
     if options.command in FAMILIES:
         return run_family(options)
     if options.command == "nightly":

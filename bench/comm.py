@@ -3,7 +3,8 @@
 Each token goes once to every rank that has one of its experts. ``all_to_all_single`` moves it as BF16, one way, between
 buffers that are ready; dispatch quantises, tells counts and slots, and places rows; combine sums rows and brings one
 sum a token and rank back. Ranks are processes of this machine: over gloo on the CPU, over NCCL where there are at least
-two GPUs.
+two GPUs. On one GPU the kernels are measured that stand for all ranks (``comm_loopback.py``); what torchrun starts
+measures the ranks that there are (``comm_torchrun.py``).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torch import Tensor
 from fastfp8 import ScaledTensor, quantize
 from fastfp8.comm import Buffer
 
+from . import comm_loopback
 from .case import Computed, Session, Unavailable, Work
 from .rows import Row, spread
 from .shapes import EXPERTS
@@ -71,8 +73,8 @@ class Exchange:
 
 
 def works(tiny: bool) -> list[Work]:
+    found: list[Work] = comm_loopback.works(tiny)
     # Tokens a rank: of training or prefill, of decoding, and as many as a CPU moves in good time.
-    found: list[Work] = []
     for backend, tokens, priority in (("nccl", 4096, 0), ("nccl", 128, 0), ("gloo", 512, 1)):
         tokens, hidden = (tokens // 32, 256) if tiny else (tokens, MODEL.hidden)
         for op in OPS:

@@ -58,6 +58,7 @@ void bind_comm(py::module_& module) {
       .def_readonly("top_k", &Geometry::top_k)
       .def_readonly("capacity", &Geometry::capacity)
       .def_readonly("max_tokens", &Geometry::max_tokens)
+      .def_readonly("channels", &Geometry::channels)
       .def_property_readonly("scale_pitch", &Geometry::scale_pitch)
       .def_property_readonly(
           "window_bytes", [](const Geometry& self) { return WindowLayout::of(self).bytes; },

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ..errors import ArgumentTypeError, check_type, check_value, message
 from ..scaled_tensor import ScaledTensor
@@ -166,7 +167,7 @@ class Buffer:
         quantized = isinstance(x, ScaledTensor) or quantize is True
         tracked = not quantized and is_tracked(x), is_tracked(topk_weights)
         call = Call("dispatch", (quantized, quantized and pow2 is True, handle is not None, *tracked))
-        with _on(None if problem else stream):
+        with _on(None if problem else stream, async_op) as lend:
             if handle is None:
                 routing = self._exchange.route(topk_idx, topk_weights, call, deadline, problem)  # type: ignore[arg-type]
                 new = Handle(self, routing, weights_of_rows(topk_weights, self._exchange, routing))
@@ -176,6 +177,7 @@ class Buffer:
             self._handles.add(new)
             recv, arrival = rows_of_tokens(x, self._exchange, new.routing, quantized, pow2)
             new.add(arrival)
+            lend((x, topk_idx, topk_weights), (recv, vars(new.routing)))
             if not async_op:
                 new.wait()
         return recv, new.offsets, new
@@ -219,9 +221,10 @@ class Buffer:
         weights = handle.recv_weights if weighted is True else None
         call = Call("combine", (weights is not None, is_tracked(expert_out), is_tracked(weights)))
         self._exchange.agree(call, deadline, problem)
-        with _on(stream):
+        with _on(stream, async_op) as lend:
             y, arrival = tokens_of_rows(expert_out, weights, self._exchange, handle.routing, out)
             handle.add(arrival)
+            lend((expert_out, weights), y)
             if not async_op:
                 handle.wait()
         return y
@@ -369,13 +372,26 @@ class Buffer:
 
 
 @contextlib.contextmanager
-def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on ``stream`` after what the current one has to do, which then waits for it."""
+def _on(stream: torch.cuda.Stream | None, async_op: bool) -> Iterator[Callable[[object, object], None]]:
+    """Work on ``stream`` after what the current one has to do, which then waits for it; with ``async_op`` only in
+    :meth:`Handle.wait`, so that what comes before that runs beside it.
+
+    Gives a function of the tensors that come from the current stream and of those that go there, for each is freed to
+    the stream that allocated it while the other may still use it.
+    """
     if stream is None:
-        yield
+        yield lambda given, made: None
         return
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
+
+    def lend(given: object, made: object) -> None:
+        for things, user in ((given, stream), (made, current)):
+            for t in pytree.tree_leaves(things):
+                if isinstance(t, Tensor) and t.is_cuda:
+                    t.record_stream(user)
+
     with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)
+        yield lend
+    if not async_op:
+        current.wait_stream(stream)

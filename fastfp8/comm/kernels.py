@@ -7,6 +7,9 @@
 A call launches and returns: nothing here waits for the GPU. What a kernel finds wrong it writes to its status, of which
 a copy comes to the host behind each launch. :meth:`Kernels.raise_seen` raises what has come; a launch only does after a
 Timeout, because the other ranks wait for it.
+
+One launch may be of several ranks, of which one GPU stands for all (:mod:`fastfp8.comm.loopback`): then each tensor has
+them as its first dimension.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class KernelRouting:
     """Where tokens go and where rows come from: what a handle keeps, on the GPU."""
 
     words: Tensor
-    """int32: the tables of csrc/comm/layout.h, RoutingLayout."""
+    """int32 [routing_words]: the tables of csrc/comm/layout.h, RoutingLayout."""
     topk_idx: Tensor
     """int32 [T, top_k]."""
     topk_weights: Tensor | None
@@ -57,22 +60,23 @@ class KernelRouting:
 
     @property
     def tokens(self) -> int:
-        return self.topk_idx.shape[0]
+        return self.topk_idx.shape[-2]
 
 
 class Kernels:
-    """One rank's launches.
+    """One rank's launches, or those of ranks on one GPU.
 
     Args:
         geometry: what all ranks agreed on.
-        rank: this one.
+        rank: this one, or the first.
         windows: int64 [ranks]: the addresses of the ranks' windows, each ``geometry.window_bytes`` of zeros at first;
             0 for those that only a network reaches.
-        state: int32 [geometry.state_words], zeros at first.
+        state: int32 [geometry.state_words], or [ranks, geometry.state_words] for several, zeros at first.
         timeout: seconds that a role may wait.
         warps: of a CTA.
         rail: what lies between nodes: "loopback", memory, or "nccl", NCCL's device API (untested on silicon).
         rail_constants: of the ``_C.CommNccl`` that made the windows, for "nccl".
+        rail_delay: nanoseconds that messages of the loopback may sleep on their way, to overtake one another.
         launch: runs a plan.
     """
 
@@ -87,19 +91,23 @@ class Kernels:
         warps: int = 16,
         rail: str = "loopback",
         rail_constants: bytes = b"",
+        rail_delay: int = 0,
         launch: Launcher = launch_on_stream,
     ) -> None:
         self.geometry, self.rank, self.windows, self.state = geometry, rank, windows, state
-        self.timeout, self.launch = timeout, launch
-        self._how: dict[str, Any] = {"warps": warps, "rail": rail, "rail_constants": rail_constants}
-        self._seen = torch.zeros(STATUS_WORDS, dtype=torch.int32, pin_memory=state.is_cuda)
+        self.timeout, self.rail_delay, self.launch = timeout, rail_delay, launch
+        self._ranks = state.shape[:-1]
+        ranks = self._ranks.numel()
+        self._how: dict[str, Any] = {"ranks": ranks, "warps": warps, "rail": rail, "rail_constants": rail_constants}
+        self._seen = torch.zeros((ranks, STATUS_WORDS), dtype=torch.int32, pin_memory=state.is_cuda)
+        self.keeps: object = None  # what must live as long as the windows are used
 
     def exchange(self, topk_idx: Tensor, topk_weights: Tensor | None) -> KernelRouting:
         """The routing of [T, top_k] indices. All ranks must come."""
         g, device = self.geometry, topk_idx.device
-        words = torch.empty(g.routing_words, dtype=torch.int32, device=device)
-        offsets = torch.empty(g.local_experts, dtype=torch.int32, device=device)
-        weights = words[g.weight_at : g.weight_at + g.capacity].view(torch.float32)
+        words = torch.empty((*self._ranks, g.routing_words), dtype=torch.int32, device=device)
+        offsets = torch.empty((*self._ranks, g.local_experts), dtype=torch.int32, device=device)
+        weights = words[..., g.weight_at : g.weight_at + g.capacity].view(torch.float32)
         index = topk_idx.to(torch.int32).contiguous()
         routing = KernelRouting(words, index, topk_weights, offsets, weights)
         plan = _C.comm_exchange_plan(g, self._call(routing), **self._how)
@@ -115,19 +123,19 @@ class Kernels:
         tensors: dict[str, Tensor] = {"routing": routing.words, "topk_idx": routing.topk_idx}
         pitch = 0
         if isinstance(x, ScaledTensor):
-            scale = x.scale if x.scale.stride(0) == 1 else x.scale.t().contiguous().t()
-            pitch = scale.stride(1)
+            scale = x.scale if x.scale.stride(-2) == 1 else x.scale.mT.contiguous().mT
+            pitch = scale.stride(-1)
             tensors |= {"x": x.data.contiguous(), "x_scale": scale}
         else:
             tensors["x"] = x.contiguous()
         if routing.topk_weights is not None:
             tensors["topk_weights"] = routing.topk_weights
         kind = torch.bfloat16 if payload == "plain" else torch.float8_e4m3fn
-        recv = torch.empty((g.capacity, g.hidden), dtype=kind, device=self.state.device)
+        recv = torch.empty((*self._ranks, g.capacity, g.hidden), dtype=kind, device=self.state.device)
         tensors["recv"] = recv
         if payload != "plain":
-            blocks = torch.empty((g.hidden // BLOCK, pad4(g.capacity)), device=self.state.device)
-            tensors["recv_scale"] = blocks.t()[: g.capacity]
+            blocks = torch.empty((*self._ranks, g.hidden // BLOCK, pad4(g.capacity)), device=self.state.device)
+            tensors["recv_scale"] = blocks[..., : g.capacity].mT
         call = self._call(routing, scale_pitch=pitch, pow2=pow2, weighted=routing.topk_weights is not None)
         self._launch(_C.comm_dispatch_plan(g, call, payload, **self._how), tensors)
         if payload == "plain":
@@ -137,7 +145,7 @@ class Kernels:
     def combine(self, rows: Tensor, routing: KernelRouting, *, weighted: bool, out: Tensor | None = None) -> Tensor:
         """The sums of BF16 ``rows`` [capacity, hidden] for each token: BF16 [T, hidden]."""
         if out is None:
-            shape = (routing.topk_idx.shape[0], self.geometry.hidden)
+            shape = (*self._ranks, routing.tokens, self.geometry.hidden)
             out = torch.empty(shape, dtype=torch.bfloat16, device=rows.device)
         call = self._call(routing, weighted=weighted)
         self._bring_back(call, routing, {"expert_out": rows.contiguous(), "y": out})
@@ -155,8 +163,7 @@ class Kernels:
         if self.state.is_cuda:
             torch.cuda.synchronize(self.state.device)
         self._seen.copy_(self._status())
-        found = self._found()
-        return found is None or found["trouble"] != "timeout"
+        return not self._timed_out()
 
     def check(self) -> None:
         """Raise what the kernels have reported so far. Waits for the GPU."""
@@ -166,15 +173,17 @@ class Kernels:
     def raise_seen(self) -> None:
         """Raise what has come to the host of it. Does not wait. After a Timeout, nothing works any more; other errors
         are raised once."""
-        found = self._found()
-        if found is None:
+        troubled = self._found()
+        if troubled is None:
             return
+        place, found = troubled
+        rank = self.rank + place
         if found["trouble"] != "timeout":
-            self._seen.zero_()
-            self._status().zero_()
+            self._seen[place] = 0
+            self._status()[place] = 0
         if found["trouble"] == "overflow":
             rows = [0] * self.geometry.ranks
-            rows[self.rank] = found["rows"]
+            rows[rank] = found["rows"]
             raise Overflow(self.geometry.capacity, rows, sent=True)
         if found["trouble"] == "bad expert":
             expert = found["head"] - (found["head"] >> 31 << 32)
@@ -182,7 +191,7 @@ class Kernels:
             expected = f"experts from 0 to {experts - 1}, or -1"
             raise value_error("comm.Buffer.dispatch", "topk_idx", expected, f"{expert} for token {found['peer']}")
         raise Timeout(
-            rank=self.rank,
+            rank=rank,
             missing=[found["peer"]],
             channel=found["channel"],
             role=found["role"],
@@ -196,19 +205,25 @@ class Kernels:
         self._launch(plan, {"routing": routing.words, "topk_idx": routing.topk_idx, **tensors})
 
     def _call(self, routing: KernelRouting, **options: Any) -> _C.CommCall:
-        microseconds = min(int(self.timeout * 1e6), 2**31 - 1)
-        tokens = routing.topk_idx.shape[0]
-        return _C.CommCall(first_rank=self.rank, tokens=tokens, timeout_us=microseconds, **options)
+        options |= {"timeout_us": min(int(self.timeout * 1e6), 2**31 - 1), "rail_delay": self.rail_delay}
+        return _C.CommCall(first_rank=self.rank, tokens=routing.tokens, **options)
 
     def _launch(self, plan: _C.LaunchPlan, tensors: dict[str, Tensor]) -> None:
-        found = self._found()
-        if found is not None and found["trouble"] == "timeout":
+        if self._timed_out():
             self.raise_seen()
         self.launch(plan, {"windows": self.windows, "state": self.state, **tensors})
         self._seen.copy_(self._status(), non_blocking=True)
 
-    def _found(self) -> _C._CommStatus | None:
-        return _C.comm_status([word & 0xFFFFFFFF for word in self._seen.tolist()])
+    def _timed_out(self) -> bool:
+        troubled = self._found()
+        return troubled is not None and troubled[1]["trouble"] == "timeout"
+
+    def _found(self) -> tuple[int, _C._CommStatus] | None:
+        """What has come to the host: a Timeout, or else the first trouble, and of which of the launch's ranks."""
+        statuses = [_C.comm_status([word & 0xFFFFFFFF for word in words]) for words in self._seen.tolist()]
+        troubled = [(place, status) for place, status in enumerate(statuses) if status is not None]
+        return min(troubled, key=lambda found: found[1]["trouble"] != "timeout", default=None)
 
     def _status(self) -> Tensor:
-        return self.state[self.geometry.status_at :][:STATUS_WORDS]
+        at = self.geometry.status_at
+        return self.state.view(-1, self.geometry.state_words)[:, at : at + STATUS_WORDS]

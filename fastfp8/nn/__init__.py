@@ -5,6 +5,7 @@ from .convertible import Convertible
 from .grouped_linear import GroupedLinear
 from .linear import Linear
 from .moe import MoE, SwiGLU
+from .norm_linear import RMSNormLinear
 from .weight import FP8Weight, share_weights, use_main_grad
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "GroupedLinear",
     "Linear",
     "MoE",
+    "RMSNormLinear",
     "SwiGLU",
     "convert",
     "share_weights",

@@ -139,11 +139,6 @@ class Linear(FP8Weight, torch.nn.Linear):
         check_value(not self.frozen, f"{_OP}.set_recipe", "self", "a Linear that is not frozen", _FROZEN_REASON)
         super().set_recipe(recipe, cache)
 
-    def train(self, mode: bool = True) -> Linear:
-        self._forget_weight()
-        super().train(mode)
-        return self
-
     def requires_grad_(self, requires_grad: bool = True) -> Linear:
         """As in torch.nn.Module. Raises ValueError where a frozen Linear is to be trained."""
         expected = f"False, as this Linear is frozen ({_FROZEN_REASON})"
@@ -156,7 +151,6 @@ class Linear(FP8Weight, torch.nn.Linear):
         return f"{super().extra_repr()}, {how}" + (", frozen" if self.frozen else "")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
-        self._forget_weight()
         before = {name: getattr(self, name) for name in _FROZEN_BUFFERS if self.frozen}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in before.items():

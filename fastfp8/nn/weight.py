@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -93,6 +94,14 @@ class FP8Weight(Counted, Convertible):
         self._kept = None
         if self._sharing is not None and recipe is not None:
             self._keep_weight()
+
+    def train(self, mode: bool = True) -> Any:
+        self._forget_weight()
+        return super().train(mode)  # type: ignore[misc]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._forget_weight()
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None, "_sharing": None, "counters": None, "statistics": None}
