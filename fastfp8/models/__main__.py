@@ -1,0 +1,65 @@
+"""``python -m fastfp8.models [NAME ...]``: parameters of the named configurations, and what training them takes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from .arithmetic import Bytes, Parameters, parameters, state
+from .config import CONFIGS
+
+
+def _number(count: float) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6)):
+        if count >= size:
+            return f"{count / size:,.2f}{unit}"
+    return f"{count:,.0f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{c:>{w}}" if i else f"{c:<{w}}" for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    ]
+
+
+def _counts(counts: Parameters) -> list[str]:
+    rows = [("parameters", "total", "active")]
+    rows += [(f"  {part}", _number(of.total), _number(of.active)) for part, of in counts.main.items()]
+    rows.append(("the model", *map(_number, counts.sum())))
+    if counts.mtp:
+        rows.append(("multi-token prediction", *map(_number, counts.sum(mtp=True))))
+    rows.append(("weights in FP8", _number(counts.fp8), ""))
+    return _table(rows)
+
+
+def _bytes(title: str, unit: str, size: float, found: Sequence[Bytes]) -> list[str]:
+    total = Bytes("sum", sum(row.bf16 for row in found), sum(row.fp8 for row in found))
+    rows = [(f"{title}, {unit}", "BF16", "FP8")]
+    rows += [(f"  {what}", f"{bf16 / size:,.1f}", f"{fp8 / size:,.1f}") for what, bf16, fp8 in (*found, total)]
+    return _table(rows)
+
+
+def report(name: str) -> str:
+    """The tables of a configuration."""
+    counts = parameters(CONFIGS[name])
+    size, unit = (1e9, "GB") if counts.sum().total > 1e9 else (1e6, "MB")
+    lines = [
+        f"{name}: {CONFIGS[name]}",
+        "",
+        *_counts(counts),
+        "",
+        *_bytes("state of all ranks", unit, size, state(counts)),
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastfp8.models", description=(__doc__ or "").split(": ", 1)[1])
+    parser.add_argument("names", nargs="*", choices=[*CONFIGS, []], metavar="NAME", help=", ".join(CONFIGS))
+    print("\n\n".join(report(name) for name in parser.parse_args(arguments).names or CONFIGS))
+
+
+if __name__ == "__main__":
+    main()
