@@ -15,6 +15,7 @@ FAMILIES = {
     "swiglu": "fastfp8.gemm_swiglu_quantize beside the same in three steps",
     "quantize": "fastfp8.quantize and dequantize beside a copy and torch.compile",
     "fused": "every op of one pass over memory beside torch.compile, torchao and TransformerEngine",
+    "layer": "a training step of a layer of the 16B model beside BF16 and TransformerEngine, and its memory",
     "comm": "token exchange between ranks",
     "cpu": "the CPU ops beside torch, the cost of a call and of the import",
     "accuracy": "error of the product against the interval of promotion, by the model of the tensor core",

@@ -32,7 +32,7 @@ from .rows import RESULTS, Environment, NotRun, Row, Run
 #: For saying which machine this is. A driver that hangs here would hang everywhere.
 PROBE_SECONDS = 60.0
 UNKNOWN = "unknown"
-GPU_FAMILIES = ("ceilings", "gemm", "grouped", "wgrad", "swiglu", "quantize", "fused", "comm")
+GPU_FAMILIES = ("ceilings", "gemm", "grouped", "wgrad", "swiglu", "quantize", "fused", "layer", "comm")
 
 # With as many compilers as there are cores; the tests' sessions, which run beside other things, use two.
 _BUILD_EMULATOR = """
@@ -118,6 +118,7 @@ class Shift:
             "swiglu": 3,
             "quantize": 9,
             "fused": 12,
+            "layer": 4,
             "comm": 3,
             "cpu": 5,
             "accuracy": 2,
