@@ -25,7 +25,7 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _counts(counts: Parameters) -> list[str]:
-    rows = [("parameters", "total", "active")]
+    rows: list[tuple[str, ...]] = [("parameters", "total", "active")]
     rows += [(f"  {part}", _number(of.total), _number(of.active)) for part, of in counts.main.items()]
     rows.append(("the model", *map(_number, counts.sum())))
     if counts.mtp:

@@ -159,7 +159,7 @@ class DeepSeek(torch.nn.Module):
         """Every MoE, those of multi-token prediction too."""
         return (module for module in self.modules() if isinstance(module, MoE))
 
-    def expert_parameters(self) -> list[torch.nn.Parameter]:
+    def expert_parameters(self) -> list[Tensor]:
         """Those of the routed experts: with a process group, each rank's own."""
         return [param for moe in self.mixtures() for param, _ in _expert_stacks(moe)]
 
@@ -223,7 +223,7 @@ class DeepSeek(torch.nn.Module):
         check_value(tokens.shape[1] >= least, _OP, "tokens", f"at least {least} in a row", tuple(tokens.shape))
 
 
-def _expert_stacks(moe: MoE) -> list[tuple[torch.nn.Parameter, int]]:
+def _expert_stacks(moe: MoE) -> list[tuple[Tensor, int]]:
     """Stacks of experts, and which expert each begins with."""
     weights = (moe.gate_up.weight, moe.down.weight)
     rank = 0 if moe.process_group is None else dist.get_rank(moe.process_group)
