@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import check_value, value_error
 from ..models import CONFIGS, DeepSeek
-from ..nn import convert
+from ..nn import FP8Weight, convert, share_weights, use_main_grad
 from ..optim import EMA, AdamW
 from . import checkpoint
 from .curve import Curve, smoothed
@@ -77,6 +77,8 @@ class Trainer:
         )
         self.conversion = None if precision.recipe is None else convert(self.model, precision.recipe)
         self.optimizer = AdamW(_groups(self.model, options.weight_decay), lr=options.lr)
+        if self.conversion is not None:
+            share_weights(self.model, self.optimizer)
         self.ema = EMA(self.model, self.optimizer, options.ema)
         self.batches = Batches(
             text,
@@ -99,6 +101,8 @@ class Trainer:
     def run_step(self) -> Measured:
         """One step of the optimizer."""
         losses = torch.zeros(3, device=self.device)
+        if self.conversion is not None:
+            use_main_grad(self.model)
         parts = self.batches[self.step].to(self.device).chunk(self.options.accumulate)
         for part in parts:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision.autocast):
@@ -117,8 +121,9 @@ class Trainer:
 
     def _finish_gradients(self, losses: Tensor) -> float:
         """The mean over ranks, of the losses too, no longer than ``clip``. Returns the norm before that."""
-        dense = [p.grad for p in self.model.parameters() if p.grad is not None and id(p) not in self._own]
-        own = [p.grad for p in self.model.parameters() if p.grad is not None and id(p) in self._own]
+        found = [(param, _gradient(param)) for param in self.model.parameters()]
+        dense = [grad for param, grad in found if grad is not None and id(param) not in self._own]
+        own = [grad for param, grad in found if grad is not None and id(param) in self._own]
         self.ranks.sum([losses, *dense])
         if self.ranks.world > 1:
             torch._foreach_mul_([losses, *dense, *own], 1 / self.ranks.world)  # experts have the sum over ranks already
@@ -177,10 +182,21 @@ class Trainer:
 
 
 def _groups(model: DeepSeek, weight_decay: float) -> list[dict[str, Any]]:
-    """Norms do not decay."""
-    params = [param for param in model.parameters() if param.requires_grad]
-    matrices, norms = [p for p in params if p.dim() > 1], [p for p in params if p.dim() <= 1]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    """Norms do not decay. Weights of FP8 products come out of the optimizer's step in FP8."""
+    in_fp8 = {id(m.weight) for m in model.modules() if isinstance(m, FP8Weight) and m.recipe is not None}
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for param in model.parameters():
+        groups.setdefault((param.dim() > 1, id(param) in in_fp8), []).append(param)
+    return [
+        {"params": params, "weight_decay": weight_decay if decays else 0.0, "emit_fp8": emits}
+        for (decays, emits), params in groups.items()
+    ]
+
+
+def _gradient(param: torch.nn.Parameter) -> Tensor | None:
+    """As :class:`fastfp8.optim.AdamW` takes it."""
+    main_grad: Tensor | None = getattr(param, "main_grad", None)
+    return param.grad if main_grad is None else main_grad
 
 
 def _square(tensors: list[Tensor], device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from train_cases import SMALL, TEXT, run
 
+from fastfp8 import nn, quantize
 from fastfp8.train import PRECISIONS, Options, Ranks, Trainer, checkpoint
 from fastfp8.train.loop import learning_rate
 
@@ -132,12 +133,13 @@ def test_learning_rate() -> None:
 
 
 def test_norms_do_not_decay() -> None:
-    trainer = Trainer(SMALL, PRECISIONS["bf16"], TEXT, Ranks())
-    of_matrices, of_norms = trainer.optimizer.param_groups
-    assert (of_matrices["weight_decay"], of_norms["weight_decay"]) == (0.1, 0.0)
-    assert {p.dim() for p in of_matrices["params"]} == {2, 3}
-    assert {p.dim() for p in of_norms["params"]} == {1}
-    trainer.close()
+    for precision, others in (("bf16", 0), ("fp8", 1)):
+        trainer = Trainer(SMALL, PRECISIONS[precision], TEXT, Ranks())
+        groups = trainer.optimizer.param_groups
+        assert len(groups) == 2 + others  # in FP8: embedding, head and gate apart
+        for group in groups:
+            assert {p.dim() > 1 for p in group["params"]} == {group["weight_decay"] > 0}
+        trainer.close()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
@@ -170,3 +172,22 @@ def test_errors(options: dict[str, Any], error: type[Exception], text: str) -> N
 def test_a_batch_that_does_not_divide() -> None:
     with pytest.raises(ValueError, match="argument 'batch': expected a multiple of ranks times accumulate, 3, got 4"):
         Trainer(dataclasses.replace(SMALL, accumulate=3), PRECISIONS["bf16"], TEXT, Ranks())
+
+
+def test_weights_in_fp8_are_those_of_the_step() -> None:
+    """Once a step, written by it: what the next forward multiplies is the parameter quantised."""
+    trainer = Trainer(dataclasses.replace(SMALL, accumulate=2), PRECISIONS["fp8"], TEXT, Ranks())
+    trainer.run_step()
+    checked = 0
+    for module in trainer.model.modules():
+        if isinstance(module, nn.FP8Weight):
+            kept, transposed = module._fp8_weight()
+            expected = quantize(module.weight.detach(), (128, 128))
+            assert transposed is not None
+            assert not differing(kept.data.view(torch.uint8), expected.data.view(torch.uint8))
+            assert not differing(kept.scale, expected.scale)
+            assert kept is trainer.optimizer.quantized(module.weight)[0]
+            assert module.weight.grad is None
+            checked += 1
+    assert checked == 7
+    trainer.close()
