@@ -22,8 +22,9 @@ from torch import Tensor
 
 from .counters import FIELDS, Counted, new_counters
 from .errors import check_type
+from .saved import Saved, memory
 
-__all__ = ["Counts", "new_counters", "report", "start", "stop", "totals"]
+__all__ = ["Counts", "Saved", "memory", "new_counters", "report", "start", "stop", "totals"]
 
 
 class Counts(NamedTuple):

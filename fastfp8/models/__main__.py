@@ -1,12 +1,23 @@
-"""``python -m fastfp8.models [NAME ...]``: parameters of the named configurations, and what training them takes."""
+"""``python -m fastfp8.models [NAME ...]``: parameters of the named configurations, and what training them takes.
+
+With ``--saved T`` also what a forward pass of T tokens keeps for backward, a token, in FP8 and in BF16. It is run with
+tensors that have shapes and no memory, so that any configuration will do, with attention as a CPU computes it.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
 
+import torch
+from torch._subclasses import FakeTensorMode
+
+from ..nn import convert
+from ..recipe import Recipe
+from ..saved import Saved, memory
 from .arithmetic import Bytes, Parameters, activations, parameters, state
 from .config import CONFIGS
+from .deepseek import DeepSeek
 
 
 def _number(count: float) -> str:
@@ -54,10 +65,26 @@ def report(name: str) -> str:
     return "\n".join(lines)
 
 
+def saved(name: str, tokens: int, recipe: Recipe | None) -> Saved:
+    """What the model keeps of ``tokens`` in one sequence; attention's queries, keys and values are computed again."""
+    config = CONFIGS[name]
+    with FakeTensorMode():
+        model = DeepSeek(config, recompute=True, dtype=torch.bfloat16)
+        convert(model, recipe)
+        batch = torch.zeros((1, tokens + 1 + config.mtp_depth), dtype=torch.int64)
+        return memory(model, batch, run=lambda tokens: model.loss(tokens).total)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fastfp8.models", description=(__doc__ or "").split(": ", 1)[1])
+    parser = argparse.ArgumentParser(prog="python -m fastfp8.models", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("names", nargs="*", choices=[*CONFIGS, []], metavar="NAME", help=", ".join(CONFIGS))
-    print("\n\n".join(report(name) for name in parser.parse_args(arguments).names or CONFIGS))
+    parser.add_argument("--saved", type=int, metavar="T", help="and what a forward pass of T tokens keeps for backward")
+    given = parser.parse_args(arguments)
+    for name in given.names or CONFIGS:
+        print(report(name), end="\n\n")
+        if given.saved:
+            ours, theirs = (saved(name, given.saved, recipe) for recipe in (Recipe(), None))
+            print(f"kept for backward, bytes a token\n{ours.beside(theirs)}", end="\n\n")
 
 
 if __name__ == "__main__":

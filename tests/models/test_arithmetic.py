@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from fastfp8 import saved
+from fastfp8 import numerics
 from fastfp8.models import CONFIGS, Config, DeepSeek, __main__, arithmetic
 from fastfp8.nn import convert
 
@@ -85,9 +85,9 @@ def test_activations_are_those_measured(config: Config, recompute: bool) -> None
     length = 512  # enough for what does not grow to vanish
     tokens = torch.zeros((2, length + 1 + config.mtp_depth), dtype=torch.int64)
     model = DeepSeek(config, recompute=recompute, dtype=torch.bfloat16)
-    bf16 = saved.memory(model, tokens, run=model.loss)
+    bf16 = numerics.memory(model, tokens, run=model.loss)
     convert(model)
-    fp8 = saved.memory(model, tokens, run=model.loss)
+    fp8 = numerics.memory(model, tokens, run=model.loss)
     for measured, expected in ((bf16, sum(row.bf16 for row in rows)), (fp8, sum(row.fp8 for row in rows))):
         assert measured.total / (2 * length) == pytest.approx(expected, rel=0.01)
     assert fp8.total < bf16.total
