@@ -15,7 +15,7 @@ from torch._subclasses import FakeTensorMode
 from ..nn import convert
 from ..recipe import Recipe
 from ..saved import Saved, memory
-from .arithmetic import Bytes, Parameters, parameters, state
+from .arithmetic import Bytes, Parameters, activations, parameters, state
 from .config import CONFIGS
 from .deepseek import DeepSeek
 
@@ -54,15 +54,14 @@ def _bytes(title: str, unit: str, size: float, found: Sequence[Bytes]) -> list[s
 
 def report(name: str) -> str:
     """The tables of a configuration."""
-    counts = parameters(CONFIGS[name])
+    config = CONFIGS[name]
+    counts = parameters(config)
     size, unit = (1e9, "GB") if counts.sum().total > 1e9 else (1e6, "MB")
-    lines = [
-        f"{name}: {CONFIGS[name]}",
-        "",
-        *_counts(counts),
-        "",
-        *_bytes("state of all ranks", unit, size, state(counts)),
-    ]
+    lines = [f"{name}: {config}", "", *_counts(counts)]
+    lines += ["", *_bytes("state of all ranks", unit, size, state(counts))]
+    for recompute in (False, True):
+        how = "kept for backward, queries, keys and values computed again" if recompute else "kept for backward"
+        lines += ["", *_bytes(how, "KB a token", 1e3, activations(config, recompute=recompute))]
     return "\n".join(lines)
 
 

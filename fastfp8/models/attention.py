@@ -79,7 +79,8 @@ class Attention(torch.nn.Module):
         k_rope = rotate(k_rope.unsqueeze(2), by).expand(-1, -1, config.heads, -1)
         q = torch.cat((q_nope, rotate(q_rope, by)), -1)
         k = torch.cat((k_nope, k_rope), -1)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        # A copy of v, else all of the up-projection would be kept for it.
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v.contiguous()))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 

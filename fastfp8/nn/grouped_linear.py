@@ -211,7 +211,10 @@ def wgrad(
     main_grad = main_grad_of(_OP, weight)
     if recipe.promotion is None:
         dw = _unpromoted_wgrad(grad_t, input_t, offsets).view(weight.shape)
-        return dw.to(weight.dtype) if main_grad is None else main_grad.add_(dw) and None
+        if main_grad is None:
+            return dw.to(weight.dtype)
+        main_grad.add_(dw)
+        return None
     if main_grad is None:
         return grouped_wgrad(grad_t, input_t, offsets, out_dtype=weight.dtype).view(weight.shape)
     stack = main_grad if main_grad.dim() == 3 else main_grad[None]

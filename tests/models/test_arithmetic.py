@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
+import re
 
-from fastfp8.models import CONFIGS, DeepSeek, arithmetic
+import pytest
+import torch
+
+from fastfp8 import numerics
+from fastfp8.models import CONFIGS, Config, DeepSeek, __main__, arithmetic
+from fastfp8.nn import convert
 
 # Of DeepSeek-V3 the report says 671B and 37B; the README_WEIGHTS.md of its repository 36.6B active, the embedding not
 # counted, and 11.5B of multi-token prediction beyond embedding and head. Of the 16B: 15.7B and 2.4B (section 4.5).
@@ -52,3 +58,49 @@ def test_state() -> None:
     assert sum(row.bf16 for row in rows.values()) == 18 * total
     assert rows["moments"].fp8 == 4 * total
     assert rows["weights of products"].fp8 == pytest.approx(2 * counts.fp8, rel=1e-3)
+
+
+UNEVEN = dataclasses.replace(
+    CONFIGS["tiny"],
+    layers=4,
+    dense_layers=2,
+    hidden=384,
+    kv_rank=64,
+    rope_dim=32,
+    head_dim=32,
+    dense_ffn=640,
+    top_k=4,
+    shared_experts=2,
+)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [CONFIGS["tiny"], UNEVEN, dataclasses.replace(UNEVEN, query_rank=None, mtp_depth=0, shared_experts=0)],
+    ids=["tiny", "uneven", "no query rank"],
+)
+def test_activations_are_those_measured(config: Config, recompute: bool) -> None:
+    rows = arithmetic.activations(config, recompute=recompute)
+    length = 512  # enough for what does not grow to vanish
+    tokens = torch.zeros((2, length + 1 + config.mtp_depth), dtype=torch.int64)
+    model = DeepSeek(config, recompute=recompute, dtype=torch.bfloat16)
+    bf16 = numerics.memory(model, tokens, run=model.loss)
+    convert(model)
+    fp8 = numerics.memory(model, tokens, run=model.loss)
+    for measured, expected in ((bf16, sum(row.bf16 for row in rows)), (fp8, sum(row.fp8 for row in rows))):
+        assert measured.total / (2 * length) == pytest.approx(expected, rel=0.01)
+    assert fp8.total < bf16.total
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    __main__.main(["tiny", "671b"])
+    shown = capsys.readouterr().out
+    assert shown.index("tiny: Config(") < shown.index("671b: Config(")
+    assert re.search(r"the model +671\.03B +36\.63B", shown)
+    assert re.search(r"multi-token prediction +11\.61B", shown)
+    rows = arithmetic.activations(CONFIGS["671b"], recompute=True)
+    sums = [f"{sum(row[column] for row in rows) / 1e3:,.1f}" for column in (1, 2)]
+    assert re.search(rf"  sum +{sums[0]} +{sums[1]}", shown)
+    with pytest.raises(SystemExit):
+        __main__.main(["huge"])
