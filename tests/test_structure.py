@@ -213,7 +213,7 @@ def test_readme_paths_exist() -> None:
     names = re.findall(r"`([\w./*-]+/[\w./*-]*|[\w-]+\.(?:py|md|toml|sh))`", text) + re.findall(
         r"\]\(([\w./-]+)\)", text
     )
-    ours = [n for n in names if not n.startswith((".venv", "demo-output", "/"))]
+    ours = [n for n in names if not n.startswith((".venv", "demo-output", "train-output", "/"))]
     assert len(ours) > 10
     for name in ours:
         assert list(ROOT.glob(name.rstrip("/"))), f"README names {name}"

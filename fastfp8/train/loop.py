@@ -271,6 +271,8 @@ def train(
         if state is not None:
             trainer.load_state_dict(state)
             curve = Curve(**state["curve"])
+        if progress.file is not None and trainer.conversion is not None:
+            print(f"{name}: {str(trainer.conversion).splitlines()[0]}", file=progress.file, flush=True)
         last = options.steps if stop_after is None else min(stop_after, options.steps)
         while trainer.step < last:
             with ranks.naming(trainer.step, max(curve.seconds, default=0.0)):
