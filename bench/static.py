@@ -224,11 +224,12 @@ def configs() -> dict[str, _C.GemmConfig]:
 
 
 COMM_SHAPE = "8 nodes of 8"
+COMM_INSTANCES = ("_loopback", "_nccl", "_traced")
 
 
 @functools.cache
 def comm_plans() -> dict[str, _C.LaunchPlan]:
-    """A launch of each kernel of dispatch and combine, by its name; the network does not change what it takes."""
+    """A launch of each kernel of dispatch and combine, by its name; neither network nor trace changes what it takes."""
     geometry = _C.CommGeometry(
         nodes=8,
         gpus=8,
@@ -246,7 +247,7 @@ def comm_plans() -> dict[str, _C.LaunchPlan]:
     made = [_C.comm_exchange_plan(geometry, call), _C.comm_combine_plan(geometry, call)]
     made += [_C.comm_dispatch_plan(geometry, call, payload) for payload in ("quantize", "scaled", "plain")]
     plans = {plan.kernel: plan for plan in made}
-    return plans | {kernel.replace("_loopback", "_nccl"): plan for kernel, plan in plans.items()}
+    return {kernel.replace("_loopback", of): plan for kernel, plan in plans.items() for of in COMM_INSTANCES}
 
 
 _Launches = dict[str, tuple[_C.GemmConfig, _C.LaunchPlan]]

@@ -238,6 +238,7 @@ def comm_exchange_plan(
     warps: int = 16,
     rail: str = "loopback",
     rail_constants: bytes = b"",
+    traced: bool = False,
 ) -> LaunchPlan: ...
 def comm_dispatch_plan(
     geometry: CommGeometry,
@@ -247,6 +248,7 @@ def comm_dispatch_plan(
     warps: int = 16,
     rail: str = "loopback",
     rail_constants: bytes = b"",
+    traced: bool = False,
 ) -> LaunchPlan: ...
 def comm_combine_plan(
     geometry: CommGeometry,
@@ -255,5 +257,10 @@ def comm_combine_plan(
     warps: int = 16,
     rail: str = "loopback",
     rail_constants: bytes = b"",
+    traced: bool = False,
 ) -> LaunchPlan: ...
+
+comm_roles: list[str]
+comm_traced_calls: list[str]
+
 def comm_status(words: list[int]) -> _CommStatus | None: ...

@@ -100,8 +100,8 @@ IN_SOURCE = {
     ),
     "exchange: a tally starts before the channels have ended": (
         "exchange.cuh",
-        "if (!is_last) return;",
-        "if (shared[0] != 0xffffffff && blockIdx.x != 0) return;",
+        "if (!is_last) {",
+        "if (shared[0] != 0xffffffff && blockIdx.x != 0) {",
     ),
     "exchange: counts are told of before all lanes wrote them": (
         "exchange.cuh",

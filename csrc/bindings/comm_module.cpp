@@ -10,10 +10,10 @@ namespace py = pybind11;
 namespace fastfp8 {
 namespace {
 
-comm::RailPlan rail_plan(const std::string& name, const py::bytes& constants) {
+comm::RailPlan rail_plan(const std::string& name, const py::bytes& constants, bool traced) {
   const std::string_view given = constants;
   const auto* const first = reinterpret_cast<const std::byte*>(given.data());
-  return {name, {first, first + given.size()}};
+  return {name, {first, first + given.size()}, traced};
 }
 
 void bind_nccl(py::module_& module) {
@@ -87,26 +87,28 @@ void bind_comm(py::module_& module) {
   module.def(
       "comm_exchange_plan",
       [](const Geometry& g, const CallOptions& options, int ranks, int warps, const std::string& rail,
-         const py::bytes& constants) { return plan_exchange(g, options, {ranks, warps}, rail_plan(rail, constants)); },
+         const py::bytes& constants,
+         bool traced) { return plan_exchange(g, options, {ranks, warps}, rail_plan(rail, constants, traced)); },
       py::arg("geometry"), py::arg("call"), py::arg("ranks") = 1, py::arg("warps") = 16, py::arg("rail") = "loopback",
-      py::arg("rail_constants") = py::bytes());
+      py::arg("rail_constants") = py::bytes(), py::arg("traced") = false);
   module.def(
       "comm_dispatch_plan",
       [](const Geometry& g, const CallOptions& options, const std::string& payload, int ranks, int warps,
-         const std::string& rail, const py::bytes& constants) {
+         const std::string& rail, const py::bytes& constants, bool traced) {
         const Payload kind = payload == "quantize" ? Payload::kQuantize
                              : payload == "scaled" ? Payload::kScaled
                                                    : Payload::kPlain;
-        return plan_dispatch(g, options, {ranks, warps}, kind, rail_plan(rail, constants));
+        return plan_dispatch(g, options, {ranks, warps}, kind, rail_plan(rail, constants, traced));
       },
       py::arg("geometry"), py::arg("call"), py::arg("payload"), py::arg("ranks") = 1, py::arg("warps") = 16,
-      py::arg("rail") = "loopback", py::arg("rail_constants") = py::bytes());
+      py::arg("rail") = "loopback", py::arg("rail_constants") = py::bytes(), py::arg("traced") = false);
   module.def(
       "comm_combine_plan",
       [](const Geometry& g, const CallOptions& options, int ranks, int warps, const std::string& rail,
-         const py::bytes& constants) { return plan_combine(g, options, {ranks, warps}, rail_plan(rail, constants)); },
+         const py::bytes& constants,
+         bool traced) { return plan_combine(g, options, {ranks, warps}, rail_plan(rail, constants, traced)); },
       py::arg("geometry"), py::arg("call"), py::arg("ranks") = 1, py::arg("warps") = 16, py::arg("rail") = "loopback",
-      py::arg("rail_constants") = py::bytes());
+      py::arg("rail_constants") = py::bytes(), py::arg("traced") = false);
   module.def(
       "comm_status",
       [](const std::vector<uint32_t>& words) -> py::object {
@@ -117,6 +119,11 @@ void bind_comm(py::module_& module) {
                         py::arg("head") = words.at(4), py::arg("tail") = words.at(5), py::arg("rows") = words.at(6));
       },
       "What a status says, None where all is well.");
+  std::vector<std::string> roles, calls = {"exchange", "dispatch", "combine"};
+  for (int role = 0; role <= static_cast<int>(Role::kExchange); ++role)
+    roles.push_back(name_of(static_cast<Role>(role)));
+  module.attr("comm_roles") = py::cast(roles);
+  module.attr("comm_traced_calls") = py::cast(calls);  // of TracedCall
   bind_nccl(module);
 }
 

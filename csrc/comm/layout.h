@@ -161,6 +161,7 @@ struct SignalLayout {
 // Why a role gave up, or what the exchange found; 0 while all is well. The first one stays, or a timeout.
 enum class Trouble : uint32_t { kNone, kTimeout, kOverflow, kBadExpert };
 
+// Those of dispatch first, in their order there.
 enum class Role : uint32_t { kRailSend, kRailForward, kLinkSend, kLinkReceive, kExchange };
 
 struct Status {
@@ -169,6 +170,23 @@ struct Status {
   uint32_t head, tail;  // what the role waited for, and what it had: fills of a slot, or the exchange's number
   uint32_t rows;        // kOverflow: rows that were to come
   uint32_t unused;
+};
+
+// What traced kernels write down, an event for each message of a stream and one for all that a warp did in its role.
+enum class TracedCall : uint32_t { kExchange, kDispatch, kCombine };
+constexpr uint32_t kWholePart = 0xffffffff;  // for stream and message
+
+struct TraceEvent {
+  uint64_t begin, end;  // nanoseconds
+  uint32_t call, role, stream, message;
+  uint32_t channel, cta, warp, sm;
+};
+
+// In words, of each rank: how many events there were, for how many there is room, two words unused; then those.
+struct TraceLayout {
+  static constexpr int kHeader = 4;
+  static constexpr int kEvent = sizeof(TraceEvent) / 4;
+  static constexpr int64_t words(uint32_t room) { return kHeader + int64_t{kEvent} * room; }
 };
 
 // Offsets in the state that a rank keeps from call to call, in words. All zero at first.

@@ -23,13 +23,22 @@ constexpr Kernels kKernels[] = {
     {"nccl", "comm_nccl", "comm_exchange_nccl", "comm_dispatch_quantize_nccl", "comm_dispatch_scaled_nccl",
      "comm_dispatch_plain_nccl", "comm_combine_nccl"}};
 
+constexpr Kernels kTraced = {"loopback",
+                             "comm_traced",
+                             "comm_exchange_traced",
+                             "comm_dispatch_quantize_traced",
+                             "comm_dispatch_scaled_traced",
+                             "comm_dispatch_plain_traced",
+                             "comm_combine_traced"};
+
 const Kernels& kernels_of(const RailPlan& rail) {
   const bool is_nccl = rail.name == kKernels[1].rail;
   FASTFP8_CHECK_ARGUMENT(is_nccl || rail.name == kKernels[0].rail, kOp, "rail", "'loopback' or 'nccl'", rail.name);
   FASTFP8_CHECK_ARGUMENT(is_nccl != rail.constants.empty(), kOp, "rail_constants",
                          (is_nccl ? "those of a connection for 'nccl'" : "none for 'loopback'"),
                          rail.constants.size() << " bytes");
-  return kKernels[is_nccl];
+  FASTFP8_CHECK_ARGUMENT(!(is_nccl && rail.traced), kOp, "traced", "false for 'nccl'", "true");
+  return rail.traced ? kTraced : kKernels[is_nccl];
 }
 
 // `tensors`: those of Tensors (kernels/context.cuh) that the kernel touches, by name.
@@ -37,7 +46,7 @@ LaunchPlan plan(const RailPlan& rail, const char* kernel, const Geometry& g, con
                 int ctas, int shared_bytes, std::initializer_list<std::string_view> tensors) {
   check(g);
   const Kernels& kernels = kernels_of(rail);
-  if (&kernels != kKernels) {
+  if (&kernels == kKernels + 1) {
     check_for_nccl(g);
     FASTFP8_CHECK_ARGUMENT(shape.ranks == 1, kOp, "ranks", "1, for NCCL has a GPU for each", shape.ranks);
   }
@@ -56,6 +65,7 @@ LaunchPlan plan(const RailPlan& rail, const char* kernel, const Geometry& g, con
     plan.add(TensorSlot{touched ? slot : nullptr});
   }
   if (!rail.constants.empty()) plan.add_constants(rail.constants.data(), rail.constants.size());
+  if (rail.traced) plan.add(TensorSlot{"trace"});
   return plan;
 }
 

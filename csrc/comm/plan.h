@@ -23,7 +23,8 @@ struct LaunchShape {
 // What lies between nodes: which module has the kernels, and what they take besides.
 struct RailPlan {
   std::string name = "loopback";     // where all windows are memory; or "nccl"
-  std::vector<std::byte> constants;  // nccl: a structure that the kernels take last (nccl.h)
+  std::vector<std::byte> constants;  // nccl: a structure that the kernels take besides (nccl.h)
+  bool traced = false;               // they write down what their warps do, to the slot "trace" (TraceLayout)
 };
 
 // Raises std::runtime_error that names the field that NCCL's rails cannot serve.

@@ -85,6 +85,14 @@ __device__ __forceinline__ uint64_t global_timer() {
   return time;
 }
 
+// Of the SM that this thread runs on.
+// https://docs.nvidia.com/cuda/parallel-thread-execution/#special-registers-smid
+__device__ __forceinline__ uint32_t sm_index() {
+  uint32_t index;
+  asm volatile("mov.u32 %0, %%smid;" : "=r"(index));
+  return index;
+}
+
 // https://docs.nvidia.com/cuda/parallel-thread-execution/#miscellaneous-instructions-nanosleep
 __device__ __forceinline__ void sleep_ns(uint32_t time) { asm volatile("nanosleep.u32 %0;" ::"r"(time)); }
 

@@ -95,7 +95,9 @@ class Kernels:
         launch: Launcher = launch_on_stream,
     ) -> None:
         self.geometry, self.rank, self.windows, self.state = geometry, rank, windows, state
-        self.timeout, self.rail_delay, self.launch = timeout, rail_delay, launch
+        self.timeout, self.rail_delay, self.launch, self.rail = timeout, rail_delay, launch, rail
+        self.trace: Tensor | None = None
+        """int32: where traced kernels write what they do (fastfp8/comm/timeline.py); None for those that do not."""
         self._ranks = state.shape[:-1]
         ranks = self._ranks.numel()
         self._how: dict[str, Any] = {"ranks": ranks, "warps": warps, "rail": rail, "rail_constants": rail_constants}
@@ -110,7 +112,7 @@ class Kernels:
         weights = words[..., g.weight_at : g.weight_at + g.capacity].view(torch.float32)
         index = topk_idx.to(torch.int32).contiguous()
         routing = KernelRouting(words, index, topk_weights, offsets, weights)
-        plan = _C.comm_exchange_plan(g, self._call(routing), **self._how)
+        plan = _C.comm_exchange_plan(g, self._call(routing), **self._instance())
         self._launch(plan, {"routing": words, "topk_idx": index, "offsets": offsets})
         return routing
 
@@ -137,7 +139,7 @@ class Kernels:
             blocks = torch.empty((*self._ranks, g.hidden // BLOCK, pad4(g.capacity)), device=self.state.device)
             tensors["recv_scale"] = blocks[..., : g.capacity].mT
         call = self._call(routing, scale_pitch=pitch, pow2=pow2, weighted=routing.topk_weights is not None)
-        self._launch(_C.comm_dispatch_plan(g, call, payload, **self._how), tensors)
+        self._launch(_C.comm_dispatch_plan(g, call, payload, **self._instance()), tensors)
         if payload == "plain":
             return recv
         return ScaledTensor._trusted(recv, tensors["recv_scale"], _BLOCK)
@@ -201,7 +203,7 @@ class Kernels:
         )
 
     def _bring_back(self, call: _C.CommCall, routing: KernelRouting, tensors: dict[str, Tensor]) -> None:
-        plan = _C.comm_combine_plan(self.geometry, call, **self._how)
+        plan = _C.comm_combine_plan(self.geometry, call, **self._instance())
         self._launch(plan, {"routing": routing.words, "topk_idx": routing.topk_idx, **tensors})
 
     def _call(self, routing: KernelRouting, **options: Any) -> _C.CommCall:
@@ -211,8 +213,12 @@ class Kernels:
     def _launch(self, plan: _C.LaunchPlan, tensors: dict[str, Tensor]) -> None:
         if self._timed_out():
             self.raise_seen()
-        self.launch(plan, {"windows": self.windows, "state": self.state, **tensors})
+        traced = {} if self.trace is None else {"trace": self.trace}
+        self.launch(plan, {"windows": self.windows, "state": self.state, **tensors, **traced})
         self._seen.copy_(self._status(), non_blocking=True)
+
+    def _instance(self) -> dict[str, Any]:
+        return {**self._how, "traced": self.trace is not None}
 
     def _timed_out(self) -> bool:
         troubled = self._found()

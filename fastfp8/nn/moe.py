@@ -7,7 +7,6 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -24,6 +23,8 @@ from .linear import Linear
 from .tokens import Coding, LocalTokens, OwnTokens, RemoteTokens
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from ..comm import Buffer
 
 _OP = "nn.MoE"
@@ -179,7 +180,7 @@ class MoE(torch.nn.Module):
         for name, value in sizes.items():
             check_type(value, int, _OP, name, "an int")
             check_value(value > 0, _OP, name, "a positive number", value)
-        world = 1 if process_group is None else dist.get_world_size(process_group)
+        world = 1 if process_group is None else process_group.size()
         check_value(num_experts % world == 0, _OP, "num_experts", f"a multiple of the {world} ranks", num_experts)
         if process_group is not None:
             check_type(max_tokens, int, _OP, "max_tokens", "an int, with a process group")
@@ -258,6 +259,8 @@ class MoE(torch.nn.Module):
         """
         load = self.load.clone()
         if self.process_group is not None:
+            import torch.distributed as dist  # 0.1 s, which only this needs
+
             dist.all_reduce(load, group=self.process_group)
         self.gate.bias.copy_(update_bias(self.gate.bias, load, rate))
         self.load.zero_()

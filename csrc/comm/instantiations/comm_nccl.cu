@@ -8,7 +8,7 @@ using namespace fastfp8::comm;
   extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1)                        \
       NAME(FASTFP8_COMM_PARAMETERS, const __grid_constant__ NcclConstants constants) { \
     FASTFP8_COMM_CONTEXT                                                               \
-    __VA_ARGS__(context, NcclRail{context, constants}, shared);                        \
+    __VA_ARGS__(context, NcclRail{context, constants}, NoTrace{}, shared);             \
   }
 
 FASTFP8_COMM_NCCL_KERNEL(comm_exchange_nccl, 512, exchange<NcclRail>)

@@ -77,6 +77,8 @@ __device__ __forceinline__ void put_value(const Context& c, char* part, float va
 
 // Sums of this rank's experts, to the rank in between.
 struct CombineLinkSend {
+  static constexpr Role kRole = Role::kLinkSend;
+
   Context& c;
   const RoutingLayout& tables;
 
@@ -85,9 +87,7 @@ struct CombineLinkSend {
   __device__ bool ready(int source, uint32_t record) const {
     return LinkOut(c, combine_link_to(c, source), record).is_free();
   }
-  __device__ bool give_up(int source, uint32_t record) const {
-    return c.give_up(Role::kLinkSend, source, record + 1, record);
-  }
+  __device__ bool give_up(int source, uint32_t record) const { return c.give_up(kRole, source, record + 1, record); }
   __device__ bool run(int source, uint32_t record) const {
     const LinkOut out(c, combine_link_to(c, source), record);
     int next =
@@ -143,7 +143,7 @@ struct CombineRailForward : RailStreams<RingKind::kCombineRail, true, Rail> {
       const int from = used ? static_cast<int>(copy >> kPositionBits) : 0;
       const LinkIn in(c, combine_link_from(c, node, from), used ? copy & ((1u << kPositionBits) - 1) : 0);
       const auto there = [&] { return !used || in.is_filled(); };
-      if (!wait_in_all_lanes(c, Role::kRailForward, c.rank_of(c.node, from), in.turn.count, there)) return false;
+      if (!wait_in_all_lanes(c, Streams::kRole, c.rank_of(c.node, from), in.turn.count, there)) return false;
       const int rows = __popc(__ballot_sync(kAllLanes, used));
       char* const target = c.window(c.rank) + stage + int64_t{i} * parts.bytes;
       if (parts.sums > 0) sum_to(c, in.data, 1.0f, rows, target);
@@ -160,6 +160,8 @@ struct CombineRailForward : RailStreams<RingKind::kCombineRail, true, Rail> {
 // The sums of all nodes, to y.
 template <class Rail>
 struct CombineReceive {
+  static constexpr Role kRole = Role::kLinkReceive;
+
   Context& c;
   const Rail& network;
   const RoutingLayout& tables;
@@ -186,8 +188,7 @@ struct CombineReceive {
       return !leads_node || network.poll(end.filled + 4 * turn.index) == turn.after();
     };
     const int waits_for = leads_rank ? route.rank : end.peer;
-    if (!wait_in_all_lanes(c, Role::kLinkReceive, waits_for, leads_rank ? in.turn.count : turn.count, there))
-      return false;
+    if (!wait_in_all_lanes(c, kRole, waits_for, leads_rank ? in.turn.count : turn.count, there)) return false;
 
     const char* const sum_of_node =
         c.window(c.rank) + end.data + turn.index * end.slot_bytes + int64_t{position % c.g.rail_chunk} * Parts(c).bytes;

@@ -50,8 +50,8 @@ struct Loads {
   }
 };
 
-template <Payload kPayload, class Rail>
-__device__ void dispatch(Context& c, const Rail& network, uint32_t* shared) {
+template <Payload kPayload, class Rail, class Trace>
+__device__ void dispatch(Context& c, const Rail& network, const Trace& trace, uint32_t* shared) {
   const RoutingLayout& tables = c.setup.routing;
   const int warps = static_cast<int>(blockDim.x / 32), warp = static_cast<int>(threadIdx.x / 32);
   uint32_t* const next = shared + warp * c.g.ranks();
@@ -62,15 +62,17 @@ __device__ void dispatch(Context& c, const Rail& network, uint32_t* shared) {
   const uint32_t by_role[] = {work * loads.rail_out, loads.rail_in + loads.link_via, work * loads.link_out,
                               loads.link_in};
   const Share share = share_of(static_cast<int>(blockIdx.x % 2) * warps + warp, 2 * warps, by_role);
-  if (share.role == 0) serve(c, DispatchRailSend<kPayload, Rail>{{c, network, tables}}, share, next);
-  if (share.role == 1) serve(c, DispatchRailForward<kPayload, Rail>{{c, network, tables}}, share, next);
-  if (share.role == 2) serve(c, DispatchLinkSend<kPayload>{c}, share, next);
-  if (share.role == 3) serve(c, DispatchLinkReceive<kPayload>{c, tables}, share, next);
+  const auto begin = trace.now();
+  if (share.role == 0) serve(c, DispatchRailSend<kPayload, Rail>{{c, network, tables}}, trace, share, next);
+  if (share.role == 1) serve(c, DispatchRailForward<kPayload, Rail>{{c, network, tables}}, trace, share, next);
+  if (share.role == 2) serve(c, DispatchLinkSend<kPayload>{c}, trace, share, next);
+  if (share.role == 3) serve(c, DispatchLinkReceive<kPayload>{c, tables}, trace, share, next);
+  if (share.role >= 0) trace.part(begin, static_cast<Role>(share.role));  // of which the first four are dispatch's
   end_channel(c, true, shared);
 }
 
-template <class Rail>
-__device__ void combine(Context& c, const Rail& network, uint32_t* shared) {
+template <class Rail, class Trace>
+__device__ void combine(Context& c, const Rail& network, const Trace& trace, uint32_t* shared) {
   const RoutingLayout& tables = c.setup.routing;
   const int warps = static_cast<int>(blockDim.x / 32), warp = static_cast<int>(threadIdx.x / 32);
   uint32_t* const next = shared + warp * c.g.ranks();
@@ -78,9 +80,12 @@ __device__ void combine(Context& c, const Rail& network, uint32_t* shared) {
   const uint32_t tokens = c.first_token(c.channel + 1) - c.first_token(c.channel);
   const uint32_t by_role[] = {loads.link_in, loads.rail_in + loads.link_via, tokens + loads.link_out + loads.rail_out};
   const Share share = share_of(static_cast<int>(blockIdx.x % 2) * warps + warp, 2 * warps, by_role);
-  if (share.role == 0) serve(c, CombineLinkSend{c, tables}, share, next);
-  if (share.role == 1) serve(c, CombineRailForward<Rail>{{c, network, tables}}, share, next);
-  if (share.role == 2) serve(c, CombineReceive<Rail>{c, network, tables}, share, next);
+  const auto begin = trace.now();
+  if (share.role == 0) serve(c, CombineLinkSend{c, tables}, trace, share, next);
+  if (share.role == 1) serve(c, CombineRailForward<Rail>{{c, network, tables}}, trace, share, next);
+  if (share.role == 2) serve(c, CombineReceive<Rail>{c, network, tables}, trace, share, next);
+  const Role others = share.role == 1 ? Role::kRailForward : Role::kLinkReceive;
+  if (share.role >= 0) trace.part(begin, share.role == 0 ? Role::kLinkSend : others);
   end_channel(c, false, shared);
 }
 
@@ -100,8 +105,16 @@ __device__ void combine(Context& c, const Rail& network, uint32_t* shared) {
   if (context.has_failed()) return;
 
 // By a rail that needs nothing else.
-#define FASTFP8_COMM_KERNEL(NAME, MOST_THREADS, ...)                                            \
-  extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) NAME(FASTFP8_COMM_PARAMETERS) { \
-    FASTFP8_COMM_CONTEXT                                                                        \
-    __VA_ARGS__(context, fastfp8::comm::LoopbackRail{context}, shared);                         \
+#define FASTFP8_COMM_KERNEL(NAME, MOST_THREADS, ...)                                              \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) NAME(FASTFP8_COMM_PARAMETERS) {   \
+    FASTFP8_COMM_CONTEXT                                                                          \
+    __VA_ARGS__(context, fastfp8::comm::LoopbackRail{context}, fastfp8::comm::NoTrace{}, shared); \
+  }
+
+// The same, and what its warps did when goes to `trace`. CALL: of TracedCall.
+#define FASTFP8_COMM_TRACED_KERNEL(NAME, MOST_THREADS, CALL, ...)                                                \
+  extern "C" __global__ void __launch_bounds__(MOST_THREADS, 1) NAME(FASTFP8_COMM_PARAMETERS, uint32_t* trace) { \
+    FASTFP8_COMM_CONTEXT                                                                                         \
+    const fastfp8::comm::WarpTrace traced(context, fastfp8::comm::TracedCall::CALL, trace);                      \
+    __VA_ARGS__(context, fastfp8::comm::LoopbackRail{context}, traced, shared);                                  \
   }

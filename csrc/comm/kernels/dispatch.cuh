@@ -23,6 +23,8 @@ __device__ __forceinline__ uint32_t records_in_chunk(const Geometry& g, uint32_t
 // The streams of a role that writes to this rank's fellows in other nodes, or reads what they write: a chunk a message.
 template <RingKind kKind, bool kWrites, class Rail>
 struct RailStreams {
+  static constexpr Role kRole = is_dispatch(kKind) && kWrites ? Role::kRailSend : Role::kRailForward;
+
   Context& c;
   const Rail& network;
   const RoutingLayout& tables;
@@ -41,8 +43,7 @@ struct RailStreams {
     return network.poll(end.filled + 4 * turn.index) == turn.after();
   }
   __device__ bool give_up(int node, uint32_t chunk) const {
-    const Role role = is_dispatch(kKind) && kWrites ? Role::kRailSend : Role::kRailForward;
-    return c.give_up(role, c.rank_of(node, c.gpu), chunk + 1, chunk);
+    return c.give_up(kRole, c.rank_of(node, c.gpu), chunk + 1, chunk);
   }
 };
 
@@ -109,10 +110,9 @@ struct DispatchRailForward : RailStreams<RingKind::kDispatchRail, false, Rail> {
         c.table(tables.via) + int64_t{c.channel * c.g.nodes + node} * c.g.channel_tokens() * c.g.most_gpus();
     for (uint32_t i = 0; i < count; ++i) {
       const char* const record = data + int64_t{i} * record_bytes;
-      const bool goes_on =
-          to_ranks_of_node(c, Role::kRailForward, node, Route::of_record(c, record),
-                           via + (chunk * c.g.rail_chunk + i) * c.g.most_gpus(),
-                           [&](char* sink, uint32_t sinks) { copy_to(record, record_bytes, sink, sinks); });
+      const bool goes_on = to_ranks_of_node(
+          c, Streams::kRole, node, Route::of_record(c, record), via + (chunk * c.g.rail_chunk + i) * c.g.most_gpus(),
+          [&](char* sink, uint32_t sinks) { copy_to(record, record_bytes, sink, sinks); });
       if (!goes_on) return false;
     }
     network.signal(end.peer, end.consumed + 4 * turn.index, turn.after());
@@ -123,6 +123,8 @@ struct DispatchRailForward : RailStreams<RingKind::kDispatchRail, false, Rail> {
 // Tokens of this rank to the ranks of its node, itself too.
 template <Payload kPayload>
 struct DispatchLinkSend {
+  static constexpr Role kRole = Role::kLinkSend;
+
   Context& c;
 
   __device__ int streams() const { return 1; }
@@ -132,7 +134,7 @@ struct DispatchLinkSend {
   __device__ bool run(int, uint32_t message) const {
     const int token = c.first_token(c.channel) + static_cast<int>(message);
     const Route route = Route::own(c, token);
-    return to_ranks_of_node(c, Role::kLinkSend, c.node, route, nullptr, [&](char* sink, uint32_t sinks) {
+    return to_ranks_of_node(c, kRole, c.node, route, nullptr, [&](char* sink, uint32_t sinks) {
       record_to<kPayload>(c, token, route.slot, sink, sinks);
     });
   }
@@ -141,6 +143,8 @@ struct DispatchLinkSend {
 // What comes from any source, to its rows of recv.
 template <Payload kPayload>
 struct DispatchLinkReceive {
+  static constexpr Role kRole = Role::kLinkReceive;
+
   Context& c;
   const RoutingLayout& tables;
 
@@ -149,9 +153,7 @@ struct DispatchLinkReceive {
   __device__ bool ready(int source, uint32_t record) const {
     return LinkIn(c, dispatch_link_from(c, source), record).is_filled();
   }
-  __device__ bool give_up(int source, uint32_t record) const {
-    return c.give_up(Role::kLinkReceive, source, record + 1, record);
-  }
+  __device__ bool give_up(int source, uint32_t record) const { return c.give_up(kRole, source, record + 1, record); }
   __device__ bool run(int source, uint32_t message) const {
     const LinkIn in(c, dispatch_link_from(c, source), message);
     const Route route = Route::of_record(c, in.data);

@@ -173,13 +173,14 @@ __device__ inline void add_channels(const Context& c, uint32_t* totals) {
   }
 }
 
-template <class Rail>
-__device__ void exchange(Context& c, const Rail& network, uint32_t* shared) {
+template <class Rail, class Trace>
+__device__ void exchange(Context& c, const Rail& network, const Trace& trace, uint32_t* shared) {
   const Geometry& g = c.g;
   c.channel = static_cast<int>(blockIdx.x);
   const RoutingLayout& tables = c.setup.routing;
   const StateLayout& state = c.setup.state;
   const int warp = static_cast<int>(threadIdx.x / 32), warps = static_cast<int>(blockDim.x / 32);
+  const auto begin = trace.now();
   const int bins = g.experts + g.ranks() + g.nodes;
   for (int i = threadIdx.x; i < bins; i += blockDim.x) shared[i] = 0;
   __syncthreads();
@@ -200,7 +201,10 @@ __device__ void exchange(Context& c, const Rail& network, uint32_t* shared) {
   __syncthreads();
   const bool is_last = shared[0] % g.channels == static_cast<uint32_t>(g.channels) - 1;
   __syncthreads();
-  if (!is_last) return;
+  if (!is_last) {
+    trace.part(begin, Role::kExchange);
+    return;
+  }
 
   add_channels(c, shared);
   uint32_t* const epochs = c.tensors.state + state.epoch;
@@ -224,6 +228,7 @@ __device__ void exchange(Context& c, const Rail& network, uint32_t* shared) {
   for (int source = warp; source < g.ranks() && goes_on; source += warps) goes_on = work.receive(source);
   __syncthreads();
   if (warp == 0) work.place_rows();
+  trace.part(begin, Role::kExchange);
 }
 
 }  // namespace fastfp8::comm

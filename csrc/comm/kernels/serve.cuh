@@ -1,6 +1,7 @@
 // Roles: which warps of a channel do which part, and how a warp goes about the streams of its part.
 #pragma once
 #include "rings.cuh"
+#include "trace.cuh"
 
 namespace fastfp8::comm {
 
@@ -46,11 +47,11 @@ __device__ Share share_of(int warp, int warps, const uint32_t (&loads)[kRoles]) 
 // of a stream in turns, or one takes several streams. It never waits at one stream while another can go on: that is
 // what keeps the roles free of deadlock (dispatch.cuh, combine.cuh).
 //
-// A role says how many `streams()` it has, the `count(stream)` of messages, whether message q is `ready(stream, q)`
-// (asked by one lane), and does `run(stream, q)` by the whole warp; false if the kernel is to end.
+// A role says which it is (kRole), how many `streams()` it has, the `count(stream)` of messages, whether message q is
+// `ready(stream, q)` (asked by one lane), and does `run(stream, q)` by the whole warp; false if the kernel is to end.
 // `next`, in shared memory, has a word for each stream.
-template <class Work>
-__device__ void serve(Context& c, const Work& work, Share share, uint32_t* next) {
+template <class Work, class Trace>
+__device__ void serve(Context& c, const Work& work, const Trace& trace, Share share, uint32_t* next) {
   const int streams = work.streams();
   // Streams share.index, + share.count, ...: one only, if there are warps enough for several to share it.
   const int step = share.count < streams ? share.count : streams, first = share.index % step;
@@ -73,7 +74,12 @@ __device__ void serve(Context& c, const Work& work, Share share, uint32_t* next)
       __syncwarp();  // what the lanes have acquired, all may read
       for (; ready; ready &= ready - 1) {
         const int from = __ffs(ready) - 1;
-        if (!work.run(__shfl_sync(kAllLanes, stream, from), __shfl_sync(kAllLanes, message, from))) return;
+        const int of = __shfl_sync(kAllLanes, stream, from);
+        const uint32_t which = __shfl_sync(kAllLanes, message, from);
+        const auto begin = trace.now();
+        const bool goes_on = work.run(of, which);
+        trace.message(begin, Work::kRole, of, which);
+        if (!goes_on) return;
         if (c.lane == from) next[base + from] = message + abreast;
         progress = true;
       }
