@@ -164,6 +164,19 @@ def test_checkpointing_changes_no_bit_and_counts_no_token_twice(reentrant: bool)
     assert int(module.load.sum()) == TOKENS * TOP_K
 
 
+@pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
+def test_compile_changes_no_bit(fp8: bool) -> None:
+    module, (x, dy) = moe(shared=1), inputs(100)
+    module = in_fp8(module) if fp8 else module
+    plain = run(module, x, dy)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    leaf = x.detach().requires_grad_()
+    y = compiled(leaf)
+    found = y.detach(), *torch.autograd.grad(y, (leaf, *module.parameters()), dy)
+    assert all(map(torch.equal, found, plain))
+
+
 def test_gradients_in_square_blocks_are_worse() -> None:
     x, dy = inputs()
     dy *= torch.logspace(-9, 9, TOKENS, base=2)[torch.randperm(TOKENS), None].bfloat16()
