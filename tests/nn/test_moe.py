@@ -202,6 +202,29 @@ def test_main_grads_of_two_micro_batches() -> None:
         torch.testing.assert_close(parameters[name].main_grad, 2 * gradients[name])  # type: ignore[attr-defined]
 
 
+def test_watching_and_counting_see_every_role_and_change_no_bit() -> None:
+    module, (x, dy) = in_fp8(moe(shared=1, limit=2.0)), inputs()
+    plain = run(module, x, dy)
+    fastfp8.numerics.start(module)
+    with fastfp8.numerics.watch(module, every=1) as watch:
+        again = run(module, x, dy)
+        watch.step()
+    assert all(map(torch.equal, plain, again))
+    rows = {(row.layer, row.role): row for row in watch.rows}
+    for layer in ("gate_up", "down", "shared.gate_up", "shared.down"):
+        for role in ("activation", "weight", "gradient"):
+            assert 29 < rows[layer, role].sqnr < 36, (layer, role)
+    assert rows["gate_up", "activation"].values == TOKENS * HIDDEN
+    assert rows["down", "activation"].values == TOKENS * TOP_K * WIDTH
+    assert rows["gate_up", "gradient"].values == TOKENS * TOP_K * 2 * WIDTH
+    counts = fastfp8.numerics.report(module)
+    assert set(counts) == {"gate_up", "down", "shared.gate_up", "shared.down"}
+    for layer, of_layer in counts.items():
+        assert len(of_layer) == 5, layer
+        assert all(count.nonfinite == 0 for count in of_layer.values())
+    assert counts["down"]["activation"].values == TOKENS * TOP_K * WIDTH
+
+
 def test_the_gate_has_the_gradients_of_a_linear_in_fp32() -> None:
     module, (x, _) = moe(), inputs()
     leaf, grad = x.float().requires_grad_(), torch.randn(TOKENS, EXPERTS)
