@@ -29,8 +29,8 @@ def test_two_ranks_train_as_one(pool: Ranks) -> None:
     for measured, its_held_out, _, its_biases in found:
         for a, b in zip(measured, one, strict=True):
             # Between ranks tokens travel in bfloat16.
-            assert a.loss == pytest.approx(b.loss, rel=1e-3)
-            assert a.norm == pytest.approx(b.norm, rel=0.02)
+            assert a.loss == pytest.approx(b.loss, rel=2e-4)
+            assert a.norm == pytest.approx(b.norm, rel=2e-3)
             assert a.balance == pytest.approx(b.balance, rel=1e-3)
         assert its_held_out == pytest.approx(held_out, rel=1e-3)
         for a, b in zip(its_biases, biases, strict=True):
