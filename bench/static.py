@@ -224,7 +224,7 @@ def configs() -> dict[str, _C.GemmConfig]:
 
 
 COMM_SHAPE = "8 nodes of 8"
-COMM_INSTANCES = ("_loopback", "_nccl", "_traced")
+COMM_INSTANCES = ("_loopback", "_nccl", "_traced", "_nccl_traced")
 
 
 @functools.cache

@@ -31,7 +31,7 @@ WHEELS = [
 ]
 OLDEST_NCCL = (2, 30, 7)
 # Built only where NCCL's headers are. Some of its fences store to a word of the stack: that much is no spill of ours.
-NCCL_MODULES = {"comm_nccl"}
+NCCL_MODULES = {"comm_nccl", "comm_nccl_traced"}
 NCCL_STACK = 8
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-arch=compute_{ARCH}", "-ptx"]
 

@@ -56,9 +56,6 @@ class Counted:
     """A module or an optimizer whose quantisations can be counted, each by its role: see :mod:`fastfp8.numerics`."""
 
     counters: dict[str, Tensor] | None = None
-    """What the kernels count into, by role; None counts nothing."""
-    statistics: dict[str, Tensor] | None = None
-    """What :func:`fastfp8.observation.observe` adds to, by role, in a step that is watched; None in others."""
 
     def roles(self) -> dict[str, torch.device]:
         """What can be counted, and on which device each is quantised."""

@@ -9,6 +9,8 @@ for the device. See :mod:`fastfp8.counters` for what exactly is counted::
         if step % 100 == 0:
             fastfp8.numerics.report(model)  # of the steps since the last report
 
+:func:`watch` looks at more, signal to noise and the range of amax, in the steps that it is told to.
+
 The same of a :class:`fastfp8.optim.AdamW` with ``emit_fp8`` counts the weights that its steps write in FP8.
 """
 
@@ -23,8 +25,21 @@ from torch import Tensor
 from .counters import FIELDS, Counted, new_counters
 from .errors import check_type
 from .saved import Saved, memory
+from .watch import Row, Watch, columns, watch
 
-__all__ = ["Counts", "Saved", "memory", "new_counters", "report", "start", "stop", "totals"]
+__all__ = [
+    "Counts",
+    "Row",
+    "Saved",
+    "Watch",
+    "memory",
+    "new_counters",
+    "report",
+    "start",
+    "stop",
+    "totals",
+    "watch",
+]
 
 
 class Counts(NamedTuple):
@@ -127,7 +142,5 @@ def _print(found: dict[str, dict[str, Counts]], where: str, file: TextIO) -> Non
     for name, roles in found.items():
         for role, counts in roles.items():
             rows.append((name, role, f"{counts.values:,}", *(f"{counts.share(field):.3%}" for field in FIELDS[1:])))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        print("  ".join(cells).rstrip(), file=file)
+    for line in columns(rows):
+        print(line, file=file)

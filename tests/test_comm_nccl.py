@@ -79,6 +79,15 @@ def test_plans_of_either_rail_differ_in_module_kernel_and_last_argument() -> Non
         assert (ours.grid, ours.block, ours.shared_bytes) == (loop.grid, loop.block, loop.shared_bytes)
 
 
+@pytest.mark.parametrize(("rail", "of"), [("nccl", "nccl_traced"), ("loopback", "traced")])
+def test_traced_plans_have_one_more_argument(rail: str, of: str) -> None:
+    g, given = geometry(2, 2), {"rail_constants": b"some"} if rail == "nccl" else {}
+    for name, ours, plain in zip(KERNELS, plans(g, rail, traced=True, **given), plans(g, rail, **given), strict=True):
+        assert (ours.module, ours.kernel) == (f"comm_{of}", f"comm_{name}_{of}")
+        assert ours.arguments[-1].slot == "trace"
+        assert list(map(repr, ours.arguments[:-1])) == list(map(repr, plain.arguments))
+
+
 def test_launches_go_by_the_rail_that_was_chosen() -> None:
     """Those of fastfp8.comm.kernels, on memory that no kernel touches."""
     g, launched = geometry(2, 2), []
@@ -264,20 +273,26 @@ class Compiled:
         return self.ptx.split(f".entry {kernel}(")[1].split(".entry ")[0]
 
 
+def compile_module(module: str, headers: build.Nccl, folder: Path) -> Compiled:
+    """As the build left it, or compiled here where the headers came after the build."""
+    built = backends.built_kernels()["modules"].get(module)
+    if built is not None:
+        return Compiled(built, (backends.KERNELS / f"{module}.ptx").read_text())
+    source = ROOT / "csrc" / "comm" / "instantiations" / f"{module}.cu"
+    usage = build._compile(source, build.find_toolkit(), headers, folder)
+    return Compiled(usage, (folder / f"{module}.ptx").read_text())
+
+
 @pytest.fixture(scope="module")
 def compiled(headers: build.Nccl, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
-    """As the build left them, or compiled here where the headers came after the build."""
-    built = backends.built_kernels()["modules"].get("comm_nccl")
-    if built is not None:
-        return Compiled(built, (backends.KERNELS / "comm_nccl.ptx").read_text())
-    folder, source = tmp_path_factory.mktemp("kernels"), ROOT / "csrc" / "comm" / "instantiations" / "comm_nccl.cu"
-    usage = build._compile(source, build.find_toolkit(), headers, folder)
-    return Compiled(usage, (folder / "comm_nccl.ptx").read_text())
+    return compile_module("comm_nccl", headers, tmp_path_factory.mktemp("kernels"))
 
 
-def test_kernels_keep_to_their_registers(compiled: Compiled) -> None:
-    assert sorted(compiled.usage) == sorted(f"comm_{name}_nccl" for name in KERNELS)
-    for use in compiled.usage.values():
+@pytest.mark.parametrize("of", ["nccl", "nccl_traced"])
+def test_kernels_keep_to_their_registers(headers: build.Nccl, of: str, tmp_path: Path) -> None:
+    usage = compile_module(f"comm_{of}", headers, tmp_path).usage
+    assert sorted(usage) == sorted(f"comm_{name}_{of}" for name in KERNELS)
+    for use in usage.values():
         assert use["registers"] <= MOST_REGISTERS
         assert use["spill_bytes"] == 0
         assert use["stack"] <= build.NCCL_STACK, "a word that a fence of NCCL's stores to"

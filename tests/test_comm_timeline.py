@@ -15,7 +15,6 @@ from comm_ranks import geometry
 from test_comm_loopback import Kind, Step, case_of, check, lone_buffer
 from test_emulator_comm import Case
 
-from fastfp8 import _C
 from fastfp8.backends import KERNELS
 from fastfp8.comm.buffer import Buffer
 from fastfp8.comm.kernels import Kernels
@@ -162,11 +161,6 @@ def test_what_cannot_be_traced() -> None:
         Timeline(3)  # type: ignore[arg-type]
     g = geometry(2, 1)
     state = torch.zeros(g.state_words, dtype=torch.int32)
-    options: Any = {"timeout": 1.0, "rail": "nccl", "rail_constants": b"some"}
-    with pytest.raises(ValueError, match="those between nodes have no traced instances, got rails 'nccl'"):
-        Timeline(Kernels(g, 0, torch.zeros(2, dtype=torch.int64), state, **options))
-    with pytest.raises(RuntimeError, match="argument 'traced': expected false for 'nccl'"):
-        _C.comm_combine_plan(g, _C.CommCall(first_rank=0, tokens=1), rail="nccl", rail_constants=b"some", traced=True)
     with pytest.raises(ValueError, match="argument 'room': expected 1 to below"):
         Timeline(Kernels(g, 0, torch.zeros(2, dtype=torch.int64), state, timeout=1.0), 0)
     buffer = Buffer.__new__(Buffer)

@@ -23,22 +23,21 @@ constexpr Kernels kKernels[] = {
     {"nccl", "comm_nccl", "comm_exchange_nccl", "comm_dispatch_quantize_nccl", "comm_dispatch_scaled_nccl",
      "comm_dispatch_plain_nccl", "comm_combine_nccl"}};
 
-constexpr Kernels kTraced = {"loopback",
-                             "comm_traced",
-                             "comm_exchange_traced",
-                             "comm_dispatch_quantize_traced",
-                             "comm_dispatch_scaled_traced",
-                             "comm_dispatch_plain_traced",
-                             "comm_combine_traced"};
+constexpr Kernels kTraced[] = {
+    {"loopback", "comm_traced", "comm_exchange_traced", "comm_dispatch_quantize_traced", "comm_dispatch_scaled_traced",
+     "comm_dispatch_plain_traced", "comm_combine_traced"},
+    {"nccl", "comm_nccl_traced", "comm_exchange_nccl_traced", "comm_dispatch_quantize_nccl_traced",
+     "comm_dispatch_scaled_nccl_traced", "comm_dispatch_plain_nccl_traced", "comm_combine_nccl_traced"}};
+
+bool is_nccl(const RailPlan& rail) { return rail.name == kKernels[1].rail; }
 
 const Kernels& kernels_of(const RailPlan& rail) {
-  const bool is_nccl = rail.name == kKernels[1].rail;
-  FASTFP8_CHECK_ARGUMENT(is_nccl || rail.name == kKernels[0].rail, kOp, "rail", "'loopback' or 'nccl'", rail.name);
-  FASTFP8_CHECK_ARGUMENT(is_nccl != rail.constants.empty(), kOp, "rail_constants",
-                         (is_nccl ? "those of a connection for 'nccl'" : "none for 'loopback'"),
+  FASTFP8_CHECK_ARGUMENT(is_nccl(rail) || rail.name == kKernels[0].rail, kOp, "rail", "'loopback' or 'nccl'",
+                         rail.name);
+  FASTFP8_CHECK_ARGUMENT(is_nccl(rail) != rail.constants.empty(), kOp, "rail_constants",
+                         (is_nccl(rail) ? "those of a connection for 'nccl'" : "none for 'loopback'"),
                          rail.constants.size() << " bytes");
-  FASTFP8_CHECK_ARGUMENT(!(is_nccl && rail.traced), kOp, "traced", "false for 'nccl'", "true");
-  return rail.traced ? kTraced : kKernels[is_nccl];
+  return (rail.traced ? kTraced : kKernels)[is_nccl(rail)];
 }
 
 // `tensors`: those of Tensors (kernels/context.cuh) that the kernel touches, by name.
@@ -46,7 +45,7 @@ LaunchPlan plan(const RailPlan& rail, const char* kernel, const Geometry& g, con
                 int ctas, int shared_bytes, std::initializer_list<std::string_view> tensors) {
   check(g);
   const Kernels& kernels = kernels_of(rail);
-  if (&kernels == kKernels + 1) {
+  if (is_nccl(rail)) {
     check_for_nccl(g);
     FASTFP8_CHECK_ARGUMENT(shape.ranks == 1, kOp, "ranks", "1, for NCCL has a GPU for each", shape.ranks);
   }

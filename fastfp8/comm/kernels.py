@@ -95,7 +95,7 @@ class Kernels:
         launch: Launcher = launch_on_stream,
     ) -> None:
         self.geometry, self.rank, self.windows, self.state = geometry, rank, windows, state
-        self.timeout, self.rail_delay, self.launch, self.rail = timeout, rail_delay, launch, rail
+        self.timeout, self.rail_delay, self.launch = timeout, rail_delay, launch
         self.trace: Tensor | None = None
         """int32: where traced kernels write what they do (fastfp8/comm/timeline.py); None for those that do not."""
         self._ranks = state.shape[:-1]

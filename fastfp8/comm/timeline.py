@@ -8,7 +8,7 @@
 Meanwhile calls launch other instances of the same kernels, which write an event for each message that a warp moves and
 one for all that it does in its role: what is between messages, a warp waits. Results have the same bits; the calls take
 somewhat longer. Clocks are the GPUs' own: within a GPU they agree, between machines they need not. Their step may be a
-microsecond. Such instances are there for ``way="kernels"`` within one node. No GPU has run them.
+microsecond. No GPU has run it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Timeline:
         room: events that are kept of each rank on this GPU, 48 bytes each; those after them are counted.
 
     Raises:
-        TypeError, ValueError: the Buffer has no kernels, or none that are traced.
+        TypeError, ValueError: the Buffer has no kernels, or an argument does not fit.
     """
 
     def __init__(self, source: Buffer | Kernels, room: int = 1 << 18) -> None:
@@ -72,8 +72,6 @@ class Timeline:
             if not isinstance(exchange, KernelExchange):
                 raise value_error(_OP, "source", "a Buffer with way='kernels'", f"one with way={exchange.way!r}")
             source = exchange.kernels
-        rails = "kernels within a node: those between nodes have no traced instances"
-        check_value(source.rail == "loopback", _OP, "source", rails, f"rails {source.rail!r}")
         ranks = source.state.shape[:-1].numel()
         self._kernels = source
         self._words = torch.zeros(

@@ -33,8 +33,6 @@ from .operands import SQUARE, input_along_tokens, keep_input, quantize_gradient
 from .products import accumulate, crop, main_grad_of, pad, product
 from .weight import FP8Weight, dgrad_weight, save_for_dgrad
 
-ROLES = ("activation", "weight", "gradient", "activation, transposed", "gradient, transposed")
-
 
 @dataclass(frozen=True)
 class Call:
@@ -46,6 +44,7 @@ class Call:
         cache: in what x is kept: see :class:`fastfp8.Recipe`. With an RMSNorm nothing of it is.
         eps: of the RMSNorm.
         main_grad: what dw is added to, float32 [N, K], instead of being returned; or None.
+        trains: whether grad mode is on: within a Function it never is, and ``needs_input_grad`` does not tell.
         counters, statistics: by role; empty where nothing is counted or watched.
     """
 
@@ -55,6 +54,7 @@ class Call:
     cache: str
     eps: float
     main_grad: Tensor | None
+    trains: bool
     counters: dict[str, Tensor]
     statistics: dict[str, Tensor]
 
@@ -77,7 +77,7 @@ class FP8Function(torch.autograd.Function):
         w8_t: tuple[Tensor, Tensor] | None,
         call: Call,
     ) -> Tensor:
-        needs_x, needs_norm, needs_weight = ctx.needs_input_grad[:3]
+        needs_x, needs_norm, needs_weight = (call.trains and needed for needed in ctx.needs_input_grad[:3])
         recipe, counters = call.recipe, call.counters
         of_weight = ScaledTensor._trusted(*w8, SQUARE)
         pow2, counting = recipe.activation.pow2, counters.get("activation")
@@ -177,7 +177,7 @@ def _observe_forward(
     observe(call.statistics.get("activation"), x, x8)
     if weight is not None:
         observe(call.statistics.get("weight"), weight, w8)
-    if ctx.needs_input_grad[2] and x.shape[0]:
+    if call.trains and ctx.needs_input_grad[2] and x.shape[0]:
         x8_t = _along_tokens(call, kept, x.shape[1], norm_weight is not None, counting=False)
         observe(call.statistics.get("activation, transposed"), x.t(), x8_t)
 
@@ -223,8 +223,17 @@ def call_dense(
         y = HighPrecisionFunction.apply(*arguments)  # type: ignore[no-untyped-call]
         return y.reshape(*lead, out_features)
     w8, w8_t = module._fp8_weight()
-    counters, statistics = module.counters or {}, module.statistics or {}
-    call = Call(recipe, out_features, out_dtype, module.cache, eps, main_grad, counters, statistics)
+    call = Call(
+        recipe,
+        out_features,
+        out_dtype,
+        module.cache,
+        eps,
+        main_grad,
+        trains=torch.is_grad_enabled(),
+        counters=module.counters or {},
+        statistics=module.statistics or {},
+    )
     y = FP8Function.apply(  # type: ignore[no-untyped-call]
         flat,
         norm_weight,

@@ -60,8 +60,6 @@ class GroupedLinear(FP8Weight, torch.nn.Module):
         ValueError: a shape or a device does not fit.
     """
 
-    ROLES = ("activation", "weight", "gradient", "activation, transposed", "gradient, transposed")
-
     def __init__(
         self,
         num_groups: int,

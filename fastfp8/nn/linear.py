@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ..errors import ArgumentTypeError, check_dtype, check_value, message
 from ..ops.quantize import INPUT_DTYPES
 from ..recipe import Recipe
 from ..scaled_tensor import ScaledTensor
-from .dense import ROLES, call_dense, check_input
+from .dense import call_dense, check_input
 from .operands import SQUARE
 from .weight import FP8Weight
 
@@ -59,7 +59,6 @@ class Linear(FP8Weight, torch.nn.Linear):
             ``weight.main_grad`` does not fit.
     """
 
-    ROLES: ClassVar = ROLES
     frozen: bool
     weight_data: Tensor
     weight_scale: Tensor
@@ -102,6 +101,10 @@ class Linear(FP8Weight, torch.nn.Linear):
         new.weight, new.bias = linear.weight, linear.bias
         new.training = linear.training
         return new
+
+    def roles(self) -> dict[str, torch.device]:
+        """See :class:`fastfp8.counters.Counted`."""
+        return dict.fromkeys(self.ROLES, self.weight_data.device) if self.frozen else super().roles()
 
     def freeze(self) -> Linear:
         """Keep the FP8 weight only, as the buffers ``weight_data`` and ``weight_scale``, and drop the master weight.

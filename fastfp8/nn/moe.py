@@ -236,7 +236,7 @@ class MoE(torch.nn.Module):
             self.balance_loss = balance_loss(routing.scores, routing.topk_idx, alpha=self.alpha, sequences=sequences)
         else:
             self.balance_loss = routing.scores.sum()
-        if self.training and torch._C._current_graph_task_id() == -1:  # in a backward, it is done again
+        if self.training and (torch.compiler.is_compiling() or not _in_backward()):
             self.load += routing.load
         return routing
 
@@ -269,6 +269,11 @@ class MoE(torch.nn.Module):
     def extra_repr(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
         return f"num_experts={self.num_experts}, {options}"
+
+
+def _in_backward() -> bool:
+    """Whether a checkpoint does the forward again, which counts no token a second time."""
+    return torch._C._current_graph_task_id() != -1
 
 
 _BUFFERS: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Any, Buffer]] = weakref.WeakKeyDictionary()

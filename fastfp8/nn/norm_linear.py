@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from torch import Tensor
 from ..errors import check_dtype, check_value
 from ..ops.quantize import INPUT_DTYPES
 from ..recipe import Recipe
-from .dense import ROLES, call_dense, check_input
+from .dense import call_dense, check_input
 from .weight import FP8Weight
 
 _OP = "nn.RMSNormLinear"
@@ -42,7 +41,6 @@ class RMSNormLinear(FP8Weight, torch.nn.Module):
             not ``in_features``, or it is on another device; ``weight.main_grad`` does not fit.
     """
 
-    ROLES: ClassVar = ROLES
     norm_weight: Tensor
     bias: Tensor | None
 

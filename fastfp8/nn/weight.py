@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..counters import Counted
 from ..errors import check_type
+from ..observation import Watched
 from ..ops.quantize import quantize
 from ..optim.adamw import AdamW
 from ..recipe import Recipe
@@ -28,22 +28,20 @@ class _Kept(NamedTuple):
     transposed: ScaledTensor | None
 
 
-class FP8Weight(Counted, Convertible):
+class FP8Weight(Watched, Convertible):
     """A module whose ``weight`` [N, K], or a stack [G, N, K], is multiplied in FP8.
 
     :meth:`_fp8_weight` gives it to forward; :func:`save_for_dgrad` and :func:`dgrad_weight` give it to backward.
     """
 
-    ROLES: ClassVar[tuple[str, ...]] = ()
+    ROLES: ClassVar = ("activation", "weight", "gradient", "activation, transposed", "gradient, transposed")
     weight: Tensor
     _kept: _Kept | None = None
     _sharing: SharedWeights | None = None
 
     def roles(self) -> dict[str, torch.device]:
         """See :class:`fastfp8.counters.Counted`."""
-        assert isinstance(self, torch.nn.Module)
-        device = next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
-        return dict.fromkeys(self.ROLES, device)
+        return dict.fromkeys(self.ROLES, self.weight.device)
 
     def _fp8_weight(self) -> tuple[ScaledTensor, ScaledTensor | None]:
         """The weight padded to multiples of 16 rows and columns, and its transpose where that is kept too.

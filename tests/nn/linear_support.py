@@ -44,7 +44,7 @@ def gradients(layer: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor, *paramet
 
 
 class QuantizeCalls(TorchDispatchMode):
-    """Records the blocks of the calls of fastfp8.quantize, and the names of other ops that quantise."""
+    """Records the blocks of the calls of fastfp8.quantize, and the names of other ops that quantise or pack."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class QuantizeCalls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.fastfp8.quantize.default:
             self.blocks.append(tuple(args[1]))
-        elif func.namespace == "fastfp8" and "quantize" in func._opname:
+        elif func.namespace == "fastfp8" and ("quantize" in func._opname or "pack" in func._opname):
             self.others.append(func._opname)
         return func(*args, **(kwargs or {}))
 

@@ -290,8 +290,12 @@ def test_nothing_is_saved_for_a_gradient_that_is_not_wanted() -> None:
     layer = normal_linear(512, 256)
     x = torch.randn(64, 512, dtype=BF16, requires_grad=True)
     assert sorted(t.nbytes for t in saved_for_backward(layer, x.detach())) == [4 * 64 * 4, 64 * 512]
+    packing = normal_linear(512, 256, cache="e5m6")
     with torch.no_grad():
         assert saved_for_backward(layer, x) == []
+        with QuantizeCalls() as calls:
+            packing(x)
+    assert calls.others == []
     layer.weight.requires_grad_(False)  # the kept FP8 weight serves Dgrad
     assert sorted(t.nbytes for t in saved_for_backward(layer, x)) == [4 * 2 * 4, 256 * 512]
 

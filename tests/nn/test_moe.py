@@ -164,6 +164,19 @@ def test_checkpointing_changes_no_bit_and_counts_no_token_twice(reentrant: bool)
     assert int(module.load.sum()) == TOKENS * TOP_K
 
 
+@pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
+def test_compile_changes_no_bit(fp8: bool) -> None:
+    module, (x, dy) = moe(shared=1), inputs(100)
+    module = in_fp8(module) if fp8 else module
+    plain = run(module, x, dy)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    leaf = x.detach().requires_grad_()
+    y = compiled(leaf)
+    found = y.detach(), *torch.autograd.grad(y, (leaf, *module.parameters()), dy)
+    assert all(map(torch.equal, found, plain))
+
+
 def test_gradients_in_square_blocks_are_worse() -> None:
     x, dy = inputs()
     dy *= torch.logspace(-9, 9, TOKENS, base=2)[torch.randperm(TOKENS), None].bfloat16()
@@ -187,6 +200,29 @@ def test_main_grads_of_two_micro_batches() -> None:
     for name in names:
         assert parameters[name].grad is None
         torch.testing.assert_close(parameters[name].main_grad, 2 * gradients[name])  # type: ignore[attr-defined]
+
+
+def test_watching_and_counting_see_every_role_and_change_no_bit() -> None:
+    module, (x, dy) = in_fp8(moe(shared=1, limit=2.0)), inputs()
+    plain = run(module, x, dy)
+    fastfp8.numerics.start(module)
+    with fastfp8.numerics.watch(module, every=1) as watch:
+        again = run(module, x, dy)
+        watch.step()
+    assert all(map(torch.equal, plain, again))
+    rows = {(row.layer, row.role): row for row in watch.rows}
+    for layer in ("gate_up", "down", "shared.gate_up", "shared.down"):
+        for role in ("activation", "weight", "gradient"):
+            assert 29 < rows[layer, role].sqnr < 36, (layer, role)
+    assert rows["gate_up", "activation"].values == TOKENS * HIDDEN
+    assert rows["down", "activation"].values == TOKENS * TOP_K * WIDTH
+    assert rows["gate_up", "gradient"].values == TOKENS * TOP_K * 2 * WIDTH
+    counts = fastfp8.numerics.report(module)
+    assert set(counts) == {"gate_up", "down", "shared.gate_up", "shared.down"}
+    for layer, of_layer in counts.items():
+        assert len(of_layer) == 5, layer
+        assert all(count.nonfinite == 0 for count in of_layer.values())
+    assert counts["down"]["activation"].values == TOKENS * TOP_K * WIDTH
 
 
 def test_the_gate_has_the_gradients_of_a_linear_in_fp32() -> None:

@@ -14,7 +14,8 @@
 
 namespace fastfp8::comm {
 
-constexpr int kPerLane = 8;  // BF16 values in 16 bytes
+constexpr int kPerLane = 8;     // BF16 values in 16 bytes
+constexpr int kRowsAtOnce = 4;  // whose loads a lane has in flight
 
 // acc = fma(weight, value, acc) for the 8 values of `raw`.
 __device__ __forceinline__ void accumulate(float (&acc)[kPerLane], uint4 raw, float weight) {
@@ -31,13 +32,24 @@ __device__ __forceinline__ uint4 rounded(const float (&acc)[kPerLane]) {
           ptx::bf16x2(acc[6], acc[7])};
 }
 
-// The sum of `count` rows of BF16 at 16 bytes' offset `at`: lane i holds where row i is, and its weight.
+// The sum of `count` rows of BF16 at 16 bytes' offset `at`: lane i holds where row i is, and its weight. The loads of
+// kRowsAtOnce rows are in flight together; rows are added in order all the same.
 __device__ __forceinline__ uint4 sum_of_rows(const char* source, float weight, int count, int at, bool inside) {
   float acc[kPerLane] = {};
-  for (int i = 0; i < count; ++i) {
-    const char* const row = pointer_of(const_cast<char*>(source), i);
-    const float by = __shfl_sync(kAllLanes, weight, i);
-    if (inside) accumulate(acc, ptx::load_once(row + at), by);
+  for (int first = 0; first < count; first += kRowsAtOnce) {
+    uint4 raw[kRowsAtOnce];
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      if (first + i >= count) break;
+      const char* const row = pointer_of(const_cast<char*>(source), first + i);
+      if (inside) raw[i] = ptx::load_once(row + at);
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      if (first + i >= count) break;
+      const float by = __shfl_sync(kAllLanes, weight, first + i);
+      if (inside) accumulate(acc, raw[i], by);
+    }
   }
   return rounded(acc);
 }
