@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import math
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
+from .. import numerics
 from ..errors import check_value, value_error
 from ..models import CONFIGS, DeepSeek
 from ..nn import FP8Weight, convert, share_weights, use_main_grad
@@ -242,6 +245,7 @@ def train(
     save_every: int = 0,
     stop_after: int | None = None,
     log_every: int = 10,
+    watch_every: int = 0,
     file: TextIO | None = None,
 ) -> Curve:
     """Train, from the last checkpoint in ``out`` if there is one and ``resume``.
@@ -251,8 +255,10 @@ def train(
         name: of the precision, for the curve.
         out: the folder of its checkpoints.
         save_every: steps between checkpoints, at the end too; 0 for none.
-        stop_after: end there, with a checkpoint, as if it was interrupted.
+        stop_after: end there, as if it was interrupted; with a checkpoint if there are any.
         log_every: steps between lines of progress.
+        watch_every: steps between looks at what FP8 does to each layer (:func:`fastfp8.numerics.watch`), which are
+            printed and go to ``watch.json`` and ``watch.png`` in ``out``; 0 for none.
         file: where those go, from rank 0; None for none.
 
     Returns:
@@ -266,7 +272,7 @@ def train(
     trainer = Trainer(options, precision, text, ranks, device)
     curve = Curve(name)
     progress = Progress(name, options, log_every, trainer.tokens, file if ranks.rank == 0 else None)
-    try:
+    with contextlib.closing(trainer), contextlib.ExitStack() as stack:
         state = checkpoint.load(out, ranks) if resume else None
         if state is not None:
             trainer.load_state_dict(state)
@@ -274,6 +280,11 @@ def train(
         if progress.file is not None and trainer.conversion is not None:
             print(f"{name}: {str(trainer.conversion).splitlines()[0]}", file=progress.file, flush=True)
         last = options.steps if stop_after is None else min(stop_after, options.steps)
+        watch = None
+        if watch_every and trainer.conversion is not None:
+            watch = numerics.watch(trainer.model, every=watch_every)
+            watch.steps = trainer.step
+            stack.enter_context(watch)
         while trainer.step < last:
             with ranks.naming(trainer.step, max(curve.seconds, default=0.0)):
                 start = time.perf_counter()
@@ -287,6 +298,8 @@ def train(
                         f"fastfp8.train: {name}: the loss is {measured.loss} in step {trainer.step}"
                     )
                 progress.show(curve)
+                if watch is not None and watch.step() and progress.file is not None:
+                    print(watch, file=progress.file, flush=True)
                 ends = trainer.step == last
                 if save_every and (trainer.step % save_every == 0 or ends):
                     checkpoint.save(out, trainer.step, {**trainer.state_dict(), "curve": vars(curve).copy()}, ranks)
@@ -295,6 +308,9 @@ def train(
                 curve.held_out["parameters"] = trainer.held_out_loss()
                 with trainer.ema.applied():
                     curve.held_out["averages"] = trainer.held_out_loss()
-    finally:
-        trainer.close()
+        if watch is not None and watch.rows and ranks.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            watch.json(out / "watch.json")
+            if importlib.util.find_spec("matplotlib") is not None:
+                watch.plot(out / "watch.png")
     return curve
