@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from torch import Tensor
 
+from .. import numerics
 from ..errors import check_value, value_error
 from ..models import CONFIGS, DeepSeek
 from ..nn import FP8Weight, convert, share_weights, use_main_grad
@@ -242,6 +244,7 @@ def train(
     save_every: int = 0,
     stop_after: int | None = None,
     log_every: int = 10,
+    watch_every: int = 0,
     file: TextIO | None = None,
 ) -> Curve:
     """Train, from the last checkpoint in ``out`` if there is one and ``resume``.
@@ -253,6 +256,8 @@ def train(
         save_every: steps between checkpoints, at the end too; 0 for none.
         stop_after: end there, with a checkpoint, as if it was interrupted.
         log_every: steps between lines of progress.
+        watch_every: steps between those that :func:`fastfp8.numerics.watch` looks at; 0 for none. Rank 0 leaves what it
+            saw in ``out``, as ``numerics.json`` and, where there is matplotlib, ``numerics.png``.
         file: where those go, from rank 0; None for none.
 
     Returns:
@@ -266,6 +271,7 @@ def train(
     trainer = Trainer(options, precision, text, ranks, device)
     curve = Curve(name)
     progress = Progress(name, options, log_every, trainer.tokens, file if ranks.rank == 0 else None)
+    watch = numerics.watch(trainer.model, every=watch_every) if watch_every else None
     try:
         state = checkpoint.load(out, ranks) if resume else None
         if state is not None:
@@ -274,6 +280,8 @@ def train(
         if progress.file is not None and trainer.conversion is not None:
             print(f"{name}: {str(trainer.conversion).splitlines()[0]}", file=progress.file, flush=True)
         last = options.steps if stop_after is None else min(stop_after, options.steps)
+        if watch is not None:
+            watch.begin(trainer.step)
         while trainer.step < last:
             with ranks.naming(trainer.step, max(curve.seconds, default=0.0)):
                 start = time.perf_counter()
@@ -286,6 +294,8 @@ def train(
                     raise FloatingPointError(
                         f"fastfp8.train: {name}: the loss is {measured.loss} in step {trainer.step}"
                     )
+                if watch is not None:
+                    watch.step()
                 progress.show(curve)
                 ends = trainer.step == last
                 if save_every and (trainer.step % save_every == 0 or ends):
@@ -295,6 +305,15 @@ def train(
                 curve.held_out["parameters"] = trainer.held_out_loss()
                 with trainer.ema.applied():
                     curve.held_out["averages"] = trainer.held_out_loss()
+        if watch is not None and watch.rows and ranks.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            watch.json(out / "numerics.json")
+            if progress.file is not None:
+                print(watch, file=progress.file)
+            with contextlib.suppress(ImportError):
+                watch.plot(out / "numerics.png")
     finally:
+        if watch is not None:
+            watch.end()
         trainer.close()
     return curve
