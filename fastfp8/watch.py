@@ -59,13 +59,13 @@ class Watch:
         self.rows: list[Row] = []
 
     def __enter__(self) -> Watch:
-        self._begin()
+        self.begin()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end()
+        self.end()
 
     def step(self) -> bool:
         """A step is over. Whether it was watched: then :attr:`rows` has it, and ``print(watch)`` shows it.
@@ -75,10 +75,23 @@ class Watch:
         watched = self._watching
         if watched:
             self._collect()
-            self._end()
-        self.steps += 1
-        self._begin()
+            self.end()
+        self.begin(self.steps + 1)
         return watched
+
+    def begin(self, step: int = 0) -> None:
+        """The next step is number ``step``: what ``with`` does, of the first, and :meth:`step`."""
+        self.steps = step
+        self._watching = step % self._every == 0
+        if self._watching:
+            for _, module in self._modules:
+                module.statistics = {role: new_statistics(device) for role, device in module.roles().items()}
+
+    def end(self) -> None:
+        """Forget a step that is not over, and watch no more: what the end of ``with`` does."""
+        self._watching = False
+        for _, module in self._modules:
+            module.statistics = None
 
     def last(self) -> list[Row]:
         """The rows of the last watched step in which anything was quantised."""
@@ -153,17 +166,6 @@ class Watch:
         figure.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 0.92), ncols=5, frameon=False)
         figure.savefig(path, dpi=110, bbox_inches="tight")
         pyplot.close(figure)
-
-    def _begin(self) -> None:
-        self._watching = self.steps % self._every == 0
-        if self._watching:
-            for _, module in self._modules:
-                module.statistics = {role: new_statistics(device) for role, device in module.roles().items()}
-
-    def _end(self) -> None:
-        self._watching = False
-        for _, module in self._modules:
-            module.statistics = None
 
     def _collect(self) -> None:
         kept = [(name, role, t) for name, m in self._modules for role, t in (m.statistics or {}).items()]

@@ -190,6 +190,7 @@ def test_compiled_layers_are_watched_too() -> None:
 
 
 def test_table_json_and_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     layers = model()
     with numerics.watch(layers, every=2) as watch:
         for _ in range(3):

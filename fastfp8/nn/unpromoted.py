@@ -2,7 +2,7 @@
 
 The operands get one power-of-two scale a row, because scales can only be applied where accumulation ends. Of operands
 whose block scales are powers of two this changes the exponents alone: only what becomes subnormal or zero is rounded,
-as in FP8 with one scale a row.
+as in FP8 with one scale a row. torch.compile cannot trace the model of the tensor core.
 """
 
 from __future__ import annotations

@@ -53,9 +53,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoints in --out")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
     parser.add_argument("--log-every", type=int, default=10, help="steps between lines (default: %(default)s)")
-    parser.add_argument(
-        "--watch-every", type=int, default=0, help="steps between looks at what FP8 does to each layer (default: never)"
-    )
+    watch = "steps between those of which numerics.json and numerics.png tell (default: none)"
+    parser.add_argument("--watch-every", type=int, default=0, metavar="N", help=watch)
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is a GPU)")
     parser.add_argument(
         "--ranks", type=int, default=1, help="processes to start here; torchrun says it where it is used"
@@ -74,8 +73,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     unknown = [name for name in options.compare if name not in PRECISIONS]
     if unknown or len(set(options.compare)) < len(options.compare):
         parser.error(f"--compare: expected some of {', '.join(names)}, each once, got {','.join(options.compare)}")
-    for name, least in (("save_every", 0), ("watch_every", 0), ("log_every", 1), ("ranks", 1)):
-        if getattr(options, name) < least:
+    for name in ("save_every", "log_every", "watch_every", "ranks"):
+        if getattr(options, name) < (1 if name in ("log_every", "ranks") else 0):
             parser.error(f"--{name.replace('_', '-')} must be positive")
     return options
 

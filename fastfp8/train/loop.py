@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 import time
 from pathlib import Path
@@ -255,10 +254,10 @@ def train(
         name: of the precision, for the curve.
         out: the folder of its checkpoints.
         save_every: steps between checkpoints, at the end too; 0 for none.
-        stop_after: end there, as if it was interrupted; with a checkpoint if there are any.
+        stop_after: end there, with a checkpoint, as if it was interrupted.
         log_every: steps between lines of progress.
-        watch_every: steps between looks at what FP8 does to each layer (:func:`fastfp8.numerics.watch`), which are
-            printed and go to ``watch.json`` and ``watch.png`` in ``out``; 0 for none.
+        watch_every: steps between those that :func:`fastfp8.numerics.watch` looks at; 0 for none. Rank 0 leaves what it
+            saw in ``out``, as ``numerics.json`` and, where there is matplotlib, ``numerics.png``.
         file: where those go, from rank 0; None for none.
 
     Returns:
@@ -272,7 +271,8 @@ def train(
     trainer = Trainer(options, precision, text, ranks, device)
     curve = Curve(name)
     progress = Progress(name, options, log_every, trainer.tokens, file if ranks.rank == 0 else None)
-    with contextlib.closing(trainer), contextlib.ExitStack() as stack:
+    watch = numerics.watch(trainer.model, every=watch_every) if watch_every else None
+    try:
         state = checkpoint.load(out, ranks) if resume else None
         if state is not None:
             trainer.load_state_dict(state)
@@ -280,11 +280,8 @@ def train(
         if progress.file is not None and trainer.conversion is not None:
             print(f"{name}: {str(trainer.conversion).splitlines()[0]}", file=progress.file, flush=True)
         last = options.steps if stop_after is None else min(stop_after, options.steps)
-        watch = None
-        if watch_every and trainer.conversion is not None:
-            watch = numerics.watch(trainer.model, every=watch_every)
-            watch.steps = trainer.step
-            stack.enter_context(watch)
+        if watch is not None:
+            watch.begin(trainer.step)
         while trainer.step < last:
             with ranks.naming(trainer.step, max(curve.seconds, default=0.0)):
                 start = time.perf_counter()
@@ -297,9 +294,9 @@ def train(
                     raise FloatingPointError(
                         f"fastfp8.train: {name}: the loss is {measured.loss} in step {trainer.step}"
                     )
+                if watch is not None:
+                    watch.step()
                 progress.show(curve)
-                if watch is not None and watch.step() and progress.file is not None:
-                    print(watch, file=progress.file, flush=True)
                 ends = trainer.step == last
                 if save_every and (trainer.step % save_every == 0 or ends):
                     checkpoint.save(out, trainer.step, {**trainer.state_dict(), "curve": vars(curve).copy()}, ranks)
@@ -310,7 +307,13 @@ def train(
                     curve.held_out["averages"] = trainer.held_out_loss()
         if watch is not None and watch.rows and ranks.rank == 0:
             out.mkdir(parents=True, exist_ok=True)
-            watch.json(out / "watch.json")
-            if importlib.util.find_spec("matplotlib") is not None:
-                watch.plot(out / "watch.png")
+            watch.json(out / "numerics.json")
+            if progress.file is not None:
+                print(watch, file=progress.file)
+            with contextlib.suppress(ImportError):
+                watch.plot(out / "numerics.png")
+    finally:
+        if watch is not None:
+            watch.end()
+        trainer.close()
     return curve

@@ -16,6 +16,15 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 ROW, SQUARE = (1, 128), (128, 128)
 # FP32 scales for all but weights, whose are so by default.
 FP32_SCALES = Recipe(activation=Format(ROW, pow2=False), gradient=Format(ROW, pow2=False))
+# Name to recipe and cache. Squares for the gradient are the experiment of appendix B.2; its weights are powers of two.
+RECIPES = {
+    "default": (Recipe(), "e4m3"),
+    "e5m6": (Recipe(), "e5m6"),
+    "bf16": (Recipe(), "bf16"),
+    "fp32scales": (FP32_SCALES, "e4m3"),
+    "fp32scales-e5m6": (FP32_SCALES, "e5m6"),
+    "squares": (Recipe(weight=Format(SQUARE, pow2=True), gradient=Format(SQUARE, pow2=True)), "e4m3"),
+}
 
 
 def sqnr(actual: Tensor, exact: Tensor) -> float:

@@ -9,7 +9,7 @@ from linear_support import (
     E4M3,
     FP16,
     FP32,
-    FP32_SCALES,
+    RECIPES,
     ROW,
     SQUARE,
     QuantizeCalls,
@@ -30,16 +30,6 @@ SHAPES = [(256, 256, 384), (37, 100, 50), (1, 16, 8), (130, 129, 257), (5, 1, 3)
 
 
 # --- values
-
-# Name to recipe and cache. Squares for the gradient are the experiment of appendix B.2; its weights are powers of two.
-RECIPES = {
-    "default": (Recipe(), "e4m3"),
-    "e5m6": (Recipe(), "e5m6"),
-    "bf16": (Recipe(), "bf16"),
-    "fp32scales": (FP32_SCALES, "e4m3"),
-    "fp32scales-e5m6": (FP32_SCALES, "e5m6"),
-    "squares": (Recipe(weight=Format(SQUARE, pow2=True), gradient=Format(SQUARE, pow2=True)), "e4m3"),
-}
 
 
 def expected_values(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from linear_support import BF16, E4M3, FP16, FP32, FP32_SCALES, QuantizeCalls, gradients, normal_linear
+from linear_support import BF16, E4M3, FP16, FP32, FP32_SCALES, RECIPES, QuantizeCalls, gradients, normal_linear
 from torch import Tensor, nn
 
 import fastfp8
@@ -40,6 +40,18 @@ def test_compile_in_one_graph(dynamic: bool, size: tuple[int, int]) -> None:
     assert torch.equal(before[0], before[1])
     assert torch.equal(after[0], after[1])
     assert not torch.equal(before[0], after[0])
+
+
+@pytest.mark.parametrize("name", ["e5m6", "fp32scales", "squares"])
+def test_compile_by_other_recipes(name: str) -> None:
+    torch._dynamo.reset()
+    recipe, cache = RECIPES[name]
+    layer = normal_linear(100, 50, recipe=recipe, cache=cache)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x, dy = torch.randn(7, 100), torch.randn(7, 50)
+    assert torch.equal(compiled(x), layer(x))
+    found, eager = (gradients(module, x, dy, layer.weight, layer.bias) for module in (compiled, layer))
+    assert all(torch.equal(a, b) for a, b in zip(found, eager, strict=True))
 
 
 def test_compile_with_autocast_and_frozen() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -192,18 +191,3 @@ def test_weights_in_fp8_are_those_of_the_step() -> None:
             checked += 1
     assert checked == 7
     trainer.close()
-
-
-def test_watched_steps(tmp_path: Path) -> None:
-    """Printed, kept, and no bit of the training is another."""
-    unwatched, _ = run(tmp_path / "unwatched", "fp8")
-    curve, lines = run(tmp_path, "fp8", watch_every=5)
-    assert curve.loss == unwatched.loss
-    assert curve.held_out == unwatched.held_out
-    assert [line for line in lines.splitlines() if line.startswith("step ")] == ["step 0", "step 5"]
-    assert "layers.0.attention.qkv_a" in lines
-    rows = json.loads((tmp_path / "watch.json").read_text())["rows"]
-    assert {row["step"] for row in rows} == {0, 5}
-    assert min(row["sqnr"] for row in rows) > 25
-    assert not (tmp_path / "unwatched").exists()
-    assert "layer" not in run(tmp_path / "bf16", watch_every=5)[1]  # nothing is in FP8

@@ -52,6 +52,17 @@ def test_compare(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) 
     assert [path.name for path in sorted((tmp_path / "bf16").iterdir())] == ["step-00000003", "step-00000006"]
 
 
+def test_watching(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--text", text, "--out", str(tmp_path), "--save-every", "0", "--watch-every", "2"]
+    command.main([*SMALL, *where, "--steps", "3", "--precision", "fp8"])
+    seen = json.loads((tmp_path / "fp8" / "numerics.json").read_text())
+    assert {row["step"] for row in seen["rows"]} == {0, 2}
+    layers = {row["layer"] for row in seen["rows"]}
+    assert {"layers.0.attention.o_proj", "layers.0.ffn.gate_up", "layers.0.ffn.shared.down"} <= layers
+    assert all(row["sqnr"] > 25 for row in seen["rows"] if row["role"] == "activation")
+    assert "layers.0.ffn.gate_up" in capsys.readouterr().err
+
+
 def test_processes_are_started_and_go_on(tmp_path: Path, text: str) -> None:
     """Two ranks. What they finished, they find again."""
     where = ("--text", text, "--out", str(tmp_path), "--precision", "bf16", "--ranks", "2", "--save-every", "2")
