@@ -19,6 +19,7 @@ from ..scaled_tensor import ScaledTensor
 _OP = "optim.AdamW"
 # What a parameter's state holds besides its step. The FP8 weight is made of the rest, so no checkpoint has it.
 _FP8_KEYS = ("weight_fp8", "weight_fp8_t")
+_FP8_VERSION = "weight_fp8_version"  # of the parameter when they were made
 
 
 class AdamW(Counted, torch.optim.Optimizer):
@@ -149,6 +150,9 @@ class AdamW(Counted, torch.optim.Optimizer):
             counters=[counts for counts in counters if counts is not None],
             **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "stochastic_rounding", "seed")},
         )
+        if with_fp8:
+            for param, state in zip(params, states, strict=True):
+                state[_FP8_VERSION] = param._version
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """The state of a parameter, made complete."""
@@ -160,7 +164,7 @@ class AdamW(Counted, torch.optim.Optimizer):
         if param.dtype != torch.float32 and "master" not in state:
             state["master"] = param.detach().float()
         if not _has_fp8(param, group):
-            for key in _FP8_KEYS:
+            for key in (*_FP8_KEYS, _FP8_VERSION):
                 state.pop(key, None)
         elif _FP8_KEYS[0] not in state:
             for key, shape in zip(_FP8_KEYS, (param.shape, param.mT.shape), strict=True):
@@ -175,7 +179,7 @@ class AdamW(Counted, torch.optim.Optimizer):
 
         Bit for bit ``fastfp8.quantize(master, (128, 128))``, of a float32 parameter that of itself. The last step wrote
         them and the next one overwrites them. Before the first step, and after a ``load_state_dict``, they are
-        quantised here.
+        quantised here; and so is ``param`` itself after a write to it from outside, as its version tells.
 
         Raises:
             ValueError: ``param`` is none of this optimizer's, or ``emit_fp8`` is off for it.
@@ -186,13 +190,17 @@ class AdamW(Counted, torch.optim.Optimizer):
         expected = "a parameter with 2 or 3 dimensions and 'emit_fp8'"
         got = f"shape {tuple(param.shape)}, emit_fp8={group['emit_fp8']}"
         check_value(_has_fp8(param, group), f"{_OP}.quantized", "param", expected, got)
-        if _FP8_KEYS[0] not in self.state[param]:
+        before = self.state[param].get(_FP8_VERSION)
+        if _FP8_KEYS[0] not in self.state[param] or before != param._version:
             state = self._state_of(param, group)
-            master, counts = state.get("master", param.detach()), (self.counters or {}).get(self._names()[param])
+            written = before is not None  # by somebody else: a master is that of the last step
+            master = param.detach() if written else state.get("master", param.detach())
+            counts = (self.counters or {}).get(self._names()[param])
             w = quantize(master, WEIGHT_BLOCK, counters=counts)
             for key, made in zip(_FP8_KEYS, (w, w.t().contiguous()), strict=True):
                 state[key].data.copy_(made.data)
                 state[key].scale.copy_(made.scale)
+            state[_FP8_VERSION] = param._version
         weight, weight_t = (self.state[param][key] for key in _FP8_KEYS)
         return weight, weight_t
 
@@ -241,7 +249,7 @@ class AdamW(Counted, torch.optim.Optimizer):
 
 
 def _without_fp8(state: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in state.items() if key not in _FP8_KEYS}
+    return {key: value for key, value in state.items() if key not in (*_FP8_KEYS, _FP8_VERSION)}
 
 
 def _name(group: dict[str, Any], place: int, index: int) -> str:
