@@ -69,8 +69,8 @@ class Options:
     batch: int = 8
     length: int = 128
     accumulate: int = 1
-    lr: float = 2e-3
-    warmup: int = 50
+    lr: float = 3e-4
+    warmup: int = 100
     schedule: str = "cosine"
     clip: float = 1.0
     weight_decay: float = 0.1
