@@ -12,14 +12,17 @@ import torch
 from comm_devices import Emulated, Silicon, device_params
 from comm_ranks import geometry
 from test_emulator_comm import Case, assert_rows_equal, bits
+from test_emulator_comm_buffer import _any_group
 from torch import Tensor
 
 from fastfp8 import ScaledTensor, quantize
-from fastfp8.comm import Buffer, Timeout
+from fastfp8.comm import Buffer, Timeout, trial
 from fastfp8.comm.footprint import Layout
-from fastfp8.comm.kernel_exchange import KernelExchange
+from fastfp8.comm.kernel_exchange import KernelExchange, geometry_of
 from fastfp8.comm.kernels import KernelRouting, Kernels
+from fastfp8.comm.link import Link
 from fastfp8.comm.loopback import check_fit
+from fastfp8.comm.model import Settings
 from fastfp8.reference import comm as oracle
 
 DEVICES = pytest.mark.parametrize("kind", device_params())
@@ -212,6 +215,35 @@ def test_a_timeout_comes_before_other_troubles() -> None:
             kernels.check()
     with pytest.raises(Timeout):
         kernels.exchange(torch.zeros((3, 1, 2), dtype=torch.int32), None)
+
+
+def test_a_trial_runs_what_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Buffer.tune measures, on the emulator; a token has more slots than there are experts."""
+    device, layout = Emulated(), Layout(1, 128, 2, 3, 4, 1, 8)
+    made: list[Kernels] = []
+    ran: list[int] = []
+
+    def connect(settings: Settings) -> KernelExchange:
+        g = geometry_of(layout, settings)
+        every = device.kernels(g)
+        made.append(Kernels(g, 0, every.windows, every.state[0], timeout=0.05, warps=2, launch=device.launch))
+        return KernelExchange(made[-1], layout)
+
+    def seconds_of(work: Any, _: torch.device) -> float:
+        work()
+        ran.append(len(made))
+        return 1 / len(ran)
+
+    monkeypatch.setattr(trial, "seconds_of", seconds_of)
+    idx = trial.random_routing(layout, 0)
+    assert idx[:, 2].tolist() == [-1] * 4
+    assert all(sorted(experts) == [0, 1] for experts in idx[:, :2].tolist())
+    link = Link(_any_group(), torch.device("cpu"), 10.0)
+    first, second = Settings(2, 1, 1, 1), Settings(4, 2, 1, 1)
+    with trial.Trial(link, layout, idx, connect) as measure:
+        times = [measure(settings) for settings in (first, first, second)]
+    assert times == pytest.approx([1 / 2, 1 / 3, 1 / 5])
+    assert ran == [1, 1, 1, 2, 2], "windows are connected once for each setting"
 
 
 def test_all_ctas_must_have_room() -> None:

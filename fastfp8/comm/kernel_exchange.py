@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..errors import check_value, value_error
+from ..errors import check_value
 from .agreement import tell
 from .collective import Rows
 from .exchange import Arrival, Exchange
@@ -208,12 +208,15 @@ def settings_of(layout: Layout, num_sms: int, gpu: str) -> Settings:
 
 def kernel_exchange(link: Link, layout: Layout, num_sms: int) -> KernelExchange:
     """All ranks with rank 0's settings, or an error on all of them. Not run on GPUs yet."""
-    problem, numbers = None, [0] * len(dataclasses.fields(Settings))
-    reason = why_not(link, layout)
-    if reason:
-        problem = value_error("comm.Buffer", "way", f"'collective' here: {reason}", "'kernels'")
-    elif link.rank == 0:
-        numbers = list(dataclasses.astuple(settings_of(layout, num_sms, gpu_name(link.device))))
+    problem: Exception | None = None
+    numbers = [0] * len(dataclasses.fields(Settings))
+    try:
+        reason = why_not(link, layout)
+        check_value(reason == "", "comm.Buffer", "way", f"'collective' here: {reason}", "'kernels'")
+        if link.rank == 0:
+            numbers = list(dataclasses.astuple(settings_of(layout, num_sms, gpu_name(link.device))))
+    except (ValueError, RuntimeError) as error:
+        problem = error
     settings = Settings(*tell(link, "Buffer: settings", numbers, problem)[0])
     return connected(link, layout, settings, num_sms)
 

@@ -74,7 +74,7 @@ def connect(link: Link, layout: Layout, geometry: _C.CommGeometry) -> Windows:
         made = _symmetric(link, geometry) if layout.nodes == 1 else _of_nccl(link, geometry)
         if link.device.type == "cuda":
             torch.cuda.synchronize(link.device)
-    except RuntimeError as error:
+    except Exception as error:  # whatever it is, the others wait to hear of it
         problem = error
     tell(link, "Buffer: windows", [], problem)  # after which all are zero
     assert made is not None

@@ -50,7 +50,9 @@ def experts(
 
     ``gate_up`` and ``down`` have a weight [G, 2 F, H] and [G, H, F], or [2 F, H] and [H, F], and the same recipe.
     """
-    y: Tensor = _Experts.apply(x, topk_weights, gate_up.weight, down.weight, tokens, (gate_up, down), limit)  # type: ignore[no-untyped-call]
+    trains = torch.is_grad_enabled()  # in forward it is off, and needs_input_grad does not ask for it
+    weights = gate_up.weight, down.weight
+    y: Tensor = _Experts.apply(x, topk_weights, *weights, tokens, (gate_up, down), limit, trains)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -71,8 +73,9 @@ class _Experts(torch.autograd.Function):
         tokens: Any,
         modules: tuple[FP8Weight, FP8Weight],
         limit: float | None,
+        trains: bool,
     ) -> Tensor:
-        needs_grad, recipe = any(ctx.needs_input_grad), modules[0].recipe
+        needs_grad, recipe = trains and any(ctx.needs_input_grad), modules[0].recipe
         assert recipe is not None
         (w1_8, w1_t), (w2_8, w2_t) = (module._fp8_weight() for module in modules)
         tokens.wait()
@@ -142,7 +145,7 @@ class _Experts(torch.autograd.Function):
             rows = ScaledTensor._trusted(rows_data, rows_scale, _ROW)
             rows_t, ends = requantize_transpose(rows, offsets, counters=of_first.get(_TURNED))
             dw1 = wgrad(first.weight, d_columns, rows_t, ends, recipe)
-        return dx, dweights, dw1, dw2, None, None, None
+        return dx, dweights, dw1, dw2, None, None, None, None
 
 
 def _quantized(t: ScaledTensor | Tensor) -> ScaledTensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from linear_support import BF16, sqnr
 from moe_support import EXPERTS, HIDDEN, TOP_K, WIDTH, exact, found, in_fp8, moe
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastfp8
@@ -29,6 +31,19 @@ def run(module: torch.nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
     leaf = x.detach().requires_grad_()
     y = module(leaf)
     return y.detach(), *torch.autograd.grad(y, (leaf, *module.parameters()), dy)
+
+
+class Calls(TorchDispatchMode):
+    """Records the calls of fastfp8's ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fastfp8":
+            self.found.append((func._schema.name.split("::")[1], args))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("limit", [None, 1.5])
@@ -235,6 +250,17 @@ def test_the_gate_has_the_gradients_of_a_linear_in_fp32() -> None:
     found = torch.autograd.grad(module.gate(leaf), (leaf, module.gate.weight), grad)
     assert torch.equal(found[0], expected[0].bfloat16())
     torch.testing.assert_close(found[1], expected[1])
+
+
+def test_inference_writes_neither_gate_nor_up() -> None:
+    module, (x, _) = in_fp8(moe(shared=1)), inputs()
+    y = module(x)
+    with torch.no_grad(), Calls() as calls:
+        assert torch.equal(module(x), y)
+    fused = [args for name, args in calls.found if name == "gemm_swiglu_quantize"]
+    assert len(fused) == 2
+    assert not any(args[10:] and args[10] for args in fused)  # return_gate_up
+    assert "quantize" not in [name for name, args in calls.found if args[0].shape == (TOKENS * TOP_K, 2 * WIDTH)]
 
 
 def test_the_gate_stays_in_fp32() -> None:
