@@ -63,11 +63,14 @@ class FP8Weight(Watched, Convertible):
             kept = self._keep_weight()
         return kept.weight, kept.transposed
 
-    def _keep_weight(self) -> _Kept:
-        """Quantise the weight and keep it; with its transpose if it is shared."""
+    def _keep_weight(self, stepped: bool = False) -> _Kept:
+        """Quantise the weight and keep it; with its transpose if it is shared.
+
+        ``stepped``: the last to write it was the optimizer's step, which may have written it in FP8 too.
+        """
         weight, before, made, transposed = self.weight, self._kept, None, None
         with torch.inference_mode(False), torch.no_grad():  # what is kept may be saved for a backward later
-            if self._sharing is not None:
+            if stepped and self._sharing is not None:
                 made, transposed = self._sharing.emitted(self) or (None, None)
             if made is None:
                 made = self._quantize_weight()
@@ -164,13 +167,16 @@ class SharedWeights:
     def __init__(self, modules: list[FP8Weight], optimizer: torch.optim.Optimizer) -> None:
         self._modules = weakref.WeakSet(modules)
         self._optimizer = weakref.ref(optimizer)
-        self._hook = optimizer.register_step_post_hook(lambda *_: self.refresh())
+        self._hook = optimizer.register_step_post_hook(lambda *_: self._refresh(stepped=True))
 
     def refresh(self) -> None:
         """Quantise all weights again: after a write to them that was no step, as ``weight.data.copy_``."""
+        self._refresh(stepped=False)
+
+    def _refresh(self, *, stepped: bool) -> None:
         for module in list(self._modules):
             if module.recipe is not None and _identifiable(module.weight):
-                module._keep_weight()
+                module._keep_weight(stepped)
 
     def remove(self) -> None:
         """Back to quantising at each forward."""
@@ -184,6 +190,8 @@ class SharedWeights:
         assert module.recipe is not None
         if not isinstance(optimizer, AdamW) or module.recipe.weight.pow2:
             return None
+        if weight.grad is None and getattr(weight, "main_grad", None) is None:
+            return None  # the step left it out, and somebody else may have written to it
         group = next((g for g in optimizer.param_groups if any(p is weight for p in g["params"])), None)
         sizes_fit = weight.numel() > 0 and not any(size % 16 for size in weight.shape[-2:])
         return optimizer.quantized(weight) if group is not None and group["emit_fp8"] and sizes_fit else None

@@ -91,6 +91,29 @@ def test_an_optimizer_with_masters_emits_weights_of_theirs() -> None:
     )
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_write_after_a_step_is_seen_whoever_quantised(name: str) -> None:
+    """As an average of the parameters is, put in their place for a while."""
+    layer, other, x = normal_linear(64, 64), normal_linear(64, 64, seed=1), torch.randn(4, 64)
+    optimizer = OPTIMIZERS[name](layer.parameters())
+    shared = fastfp8.nn.share_weights(layer, optimizer)
+    layer(x).sum().backward()
+    optimizer.step()
+    stepped = layer(x)
+    kept = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer(x), other(x))
+    layer.load_state_dict(kept)
+    assert torch.equal(layer(x), stepped)
+    layer.weight.data.copy_(other.weight.data)
+    layer.bias.data.copy_(other.bias.data)
+    shared.refresh()
+    assert torch.equal(layer(x), other(x))
+    optimizer.zero_grad()  # a step that has nothing to do
+    optimizer.step()
+    assert torch.equal(layer(x), other(x))
+
+
 def test_other_writes_are_seen_and_remove_ends_it() -> None:
     layer, x = normal_linear(64, 64), torch.randn(4, 64)
     other = normal_linear(64, 64, seed=1)
