@@ -274,26 +274,3 @@ def test_fsdp_equals_the_whole_module(mixed: bool, ranks: Ranks) -> None:
         assert equal(parameters, whole)
         # The input in FP8 and its scale; the gathered weight, which FSDP frees; Tanh's result. No weight in FP8.
         assert saved.count(torch.float8_e4m3fn) == 2 * fsdp_ranks.STEPS
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_write_is_seen_though_the_optimizer_had_written_fp8(dtype: torch.dtype) -> None:
-    """Before a step and after one: what the optimizer keeps in FP8 is of the weight that was."""
-    layer = fastfp8.nn.Linear(128, 48, dtype=dtype)
-    optimizer = AdamW(layer.parameters(), lr=1e-2, emit_fp8=True)
-    fastfp8.nn.share_weights(layer, optimizer)
-    x = torch.randn(32, 128, dtype=dtype)
-    for seed in (1, 2):
-        with torch.no_grad():
-            layer.weight.copy_(torch.randn(48, 128, generator=torch.Generator().manual_seed(seed)))
-        for kept, expected in zip(layer._fp8_weight(), _both_ways(layer.weight), strict=True):
-            assert kept is not None
-            assert torch.equal(kept.data.view(torch.uint8), expected.data.view(torch.uint8))
-            assert torch.equal(kept.scale, expected.scale)
-        layer(x).sum().backward()
-        optimizer.step()
-
-
-def _both_ways(weight: torch.Tensor) -> tuple[fastfp8.ScaledTensor, fastfp8.ScaledTensor]:
-    w8 = fastfp8.quantize(weight.detach(), (128, 128))
-    return w8, w8.t().contiguous()

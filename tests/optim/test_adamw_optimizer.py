@@ -168,6 +168,23 @@ def test_quantized(dtype: torch.dtype) -> None:
     check(other, other.param_groups[0]["params"])
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_quantized_sees_a_write_from_outside(dtype: torch.dtype) -> None:
+    """Before a step and after one: not what was quantised of the parameter as it was."""
+    param = torch.nn.Parameter(randn(130, 136, dtype=dtype))
+    optimizer = AdamW([param], emit_fp8=True)
+    optimizer.quantized(param)
+    for seed in (1, 2):
+        with torch.no_grad():
+            param.copy_(randn(130, 136, seed=seed))
+        expected = fastfp8.quantize(param.detach(), (128, 128))
+        for got, want in zip(optimizer.quantized(param), (expected, expected.t().contiguous()), strict=True):
+            assert_same_bits(got.data, want.data, "data")
+            assert_same_bits(got.scale, want.scale, "scale")
+        param.grad = randn(130, 136, dtype=dtype)
+        optimizer.step()
+
+
 def test_quantized_feeds_a_gemm() -> None:
     param = torch.nn.Parameter(randn(256, 144))
     optimizer = AdamW([param], emit_fp8=True)
