@@ -16,7 +16,7 @@ from test_emulator_comm import Case, bits
 from torch import Tensor
 
 import fastfp8
-from fastfp8 import _C
+from fastfp8 import _C, comm
 from fastfp8.comm import Buffer, Overflow
 from fastfp8.comm.footprint import Layout
 from fastfp8.comm.kernel_exchange import KernelExchange, geometry_of, settings_of
@@ -147,6 +147,12 @@ def test_memory() -> None:
     memory = node.buffers[0].memory()
     assert memory.held_by("buffer") == node.windows[0].numel() + 4 * g.state_words + 8 * g.ranks
     assert "window" in str(memory)
+    sizes = {"hidden": 256, "num_experts": 4, "top_k": 2, "max_tokens": 16, "capacity": 64}
+    layout = Layout(2, 256, 4, 2, 16, 2, 64)
+    node = Node(geometry_of(layout, settings_of(layout, 4, "NVIDIA H200")))
+    for quantize in (True, False):
+        told = comm.memory(world=2, **sizes, quantize=quantize, way="kernels", num_sms=4, gpu="NVIDIA H200")
+        assert told == node.buffers[0].memory(quantize)
     layout = Layout(8, 7168, 256, 8, 4096, 8, 8 * 4096 * 8)
     assert geometry_of(layout, settings_of(layout, 20, "NVIDIA H200")).window_bytes < 2 << 30
 

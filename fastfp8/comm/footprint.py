@@ -204,6 +204,9 @@ def memory(
     capacity: int | None = None,
     quantize: bool = True,
     way: str = "collective",
+    ranks_per_node: int | None = None,
+    num_sms: int = 20,
+    gpu: str = "NVIDIA H100",
 ) -> Memory:
     """What a Buffer of these sizes allocates on a rank, before there is one. ``print(memory(...))`` shows it.
 
@@ -211,12 +214,21 @@ def memory(
         world: ranks of the group.
         hidden, num_experts, top_k, max_tokens, capacity: as :class:`fastfp8.comm.Buffer` takes them.
         quantize: as ``dispatch`` takes it.
-        way: "collective", the exchange through the process group.
+        way: "collective", the exchange through the process group, or "kernels".
+        ranks_per_node, num_sms: as Buffer takes them, for kernels; None is one node.
+        gpu: the name of the GPU, for kernels: their rings are what was tuned for it here, else a model's choice.
 
     Raises:
         ValueError: sizes do not fit.
     """
-    layout = layout_of(world, hidden, num_experts, top_k, max_tokens, world, capacity, "comm.memory")
+    check_value(way in (*WAYS, "kernels"), "comm.memory", "way", " or ".join((*WAYS, "kernels")), way)
+    per_node = world if ranks_per_node is None else ranks_per_node
+    layout = layout_of(world, hidden, num_experts, top_k, max_tokens, per_node, capacity, "comm.memory")
+    if way == "kernels":
+        from .kernel_exchange import geometry_of, settings_of  # with the model that chooses its settings: 0.1 s
+
+        geometry = geometry_of(layout, settings_of(layout, num_sms, gpu))
+        return Memory(way, kernel_items(layout, geometry, quantize))
     return memory_of(layout, quantize, way)
 
 

@@ -107,7 +107,7 @@ def test_it_works_before_there_is_a_buffer_and_can_be_printed() -> None:
     assert comm.memory(**sizes, capacity=9).held_by("recv") == 9 * 7168 + 4 * (55 * 12 + 9)  # columns padded to 12
     for wrong, match in (
         ({"hidden": 100}, "'hidden'"),
-        ({"way": "pigeons"}, "'way': expected collective, got pigeons"),
+        ({"way": "pigeons"}, "'way': expected collective or kernels, got pigeons"),
     ):
         given = {"world": 2, "hidden": 128, "num_experts": 2, "top_k": 1, "max_tokens": 1}
         with pytest.raises(ValueError, match=match):
