@@ -36,7 +36,7 @@ from ..ops.swiglu_backward_quantize import swiglu_backward_quantize
 from ..scaled_tensor import ScaledTensor
 from . import watched
 from .grouped_linear import coarse, wgrad
-from .tokens import Coding
+from .tokens import coding_of
 from .weight import FP8Weight, dgrad_weight, save_for_dgrad
 
 _ROW: Block = (1, BLOCK)
@@ -54,12 +54,6 @@ def experts(
     weights = gate_up.weight, down.weight
     y: Tensor = _Experts.apply(x, topk_weights, *weights, tokens, (gate_up, down), limit, trains)  # type: ignore[no-untyped-call]
     return y
-
-
-def coding_of(module: FP8Weight, role: str) -> Coding:
-    """How tokens of this role are quantised on their way to ``module``, or gradients to it."""
-    assert module.recipe is not None
-    return Coding(module.recipe.dispatched.pow2, (module.counters or {}).get(role))
 
 
 class _Experts(torch.autograd.Function):
@@ -113,7 +107,7 @@ class _Experts(torch.autograd.Function):
             gate_up = ScaledTensor._trusted(gate_up, gate_up_scale, _ROW)
 
         of_first, of_second = first.counters or {}, second.counters or {}
-        dout = tokens.send(dy, coding_of(second, "gradient"))
+        dout = tokens.send(dy, coding_of(second, "gradient", weight is not None))
         dout = coarse(dout, offsets, pow2) if square else dout
         w2_t = dgrad_weight(of_weights[2:], recipe, is_transposed=ctx.has_transposed[1])
         dh = grouped_gemm(dout, _stacked(w2_t), offsets)

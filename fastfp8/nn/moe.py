@@ -17,10 +17,10 @@ from ..ops.balance import balance_loss, update_bias
 from ..ops.gemm import K_ALIGNMENT
 from ..ops.route import Routing, route
 from .activation import swiglu
-from .experts import coding_of, experts
+from .experts import experts
 from .grouped_linear import PARAM_DTYPES, GroupedLinear
 from .linear import Linear
-from .tokens import Coding, LocalTokens, OwnTokens, RemoteTokens
+from .tokens import Coding, LocalTokens, OwnTokens, RemoteTokens, coding_of
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -64,7 +64,7 @@ class SwiGLU(torch.nn.Module):
             out: Tensor = self.down(swiglu(self.gate_up(x), self.limit))
             return out
         flat = x.reshape(-1, x.shape[-1])
-        y = experts(flat, None, OwnTokens(flat, coding_of(gate_up, "activation")), gate_up, down, self.limit)
+        y = experts(flat, None, OwnTokens(flat, coding_of(gate_up, "activation", False)), gate_up, down, self.limit)
         return y.to(_out_dtype(x)).view(x.shape)
 
 
@@ -216,7 +216,7 @@ class MoE(torch.nn.Module):
         recipe = self.gate_up.recipe
         if recipe != self.down.recipe or (recipe is not None and recipe.promotion is None):
             recipe = None  # each of the two goes its own way, with BF16 in between
-        sent = self._send(tokens, routing, None if recipe is None else coding_of(self.gate_up, "activation"))
+        sent = self._send(tokens, routing, None if recipe is None else coding_of(self.gate_up, "activation", True))
         shared = None
         if self.shared is not None:  # while tokens are on their way
             with torch.autocast(x.device.type, torch.bfloat16):

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..ops.permute import permute, permute_quantize, row_map, unpermute
 from ..ops.quantize import quantize
 from ..scaled_tensor import ScaledTensor
+from .weight import FP8Weight
 
 if TYPE_CHECKING:
     from ..comm import Buffer
@@ -36,6 +37,15 @@ class Coding(NamedTuple):
 
     pow2: bool
     counters: Tensor | None = None
+
+
+def coding_of(module: FP8Weight, role: str, routed: bool) -> Coding:
+    """How the tokens of ``module``, or the gradients ("gradient"), are quantised: those that are ``routed`` as what
+    is dispatched, others as any Linear's."""
+    recipe = module.recipe
+    assert recipe is not None
+    own = recipe.gradient if role == "gradient" else recipe.activation
+    return Coding((recipe.dispatched if routed else own).pow2, (module.counters or {}).get(role))
 
 
 class OwnTokens:
@@ -100,7 +110,7 @@ class RemoteTokens:
         coding: Coding | None,
         stream: torch.cuda.Stream | None,
     ) -> None:
-        self._buffer, self._stream = buffer, stream
+        self._buffer = buffer
         if coding is None:
             self.rows, self.offsets, self._handle = buffer.dispatch(x, topk_idx, topk_weights, quantize=False)
         else:

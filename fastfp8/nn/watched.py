@@ -11,6 +11,7 @@ from ..ops.dequantize import dequantize
 from ..ops.quantize import quantize
 from ..scaled_tensor import ScaledTensor
 from .activation import swiglu
+from .tokens import coding_of
 from .weight import FP8Weight
 
 _ROW: Block = (1, BLOCK)
@@ -36,7 +37,7 @@ def forward(
     offsets, weight, limit = tokens
     for module, w8 in zip(modules, weights, strict=True):
         observe((module.statistics or {}).get("weight"), module.weight, w8)
-    _of_tokens(modules[0], "activation", x)
+    _of_tokens(modules[0], "activation", x, weight is not None)
     statistics = (modules[1].statistics or {}).get("activation")
     if statistics is not None:
         rows(statistics, _activation(gate_up.float(), weight, limit), h, offsets)
@@ -51,7 +52,7 @@ def backward(
     tokens: tuple[Tensor, Tensor | None, float | None],
 ) -> None:
     offsets, weight, limit = tokens
-    _of_tokens(modules[1], "gradient", dy)
+    _of_tokens(modules[1], "gradient", dy, weight is not None)
     statistics = (modules[0].statistics or {}).get("gradient")
     if statistics is not None:
         dense = dequantize(gate_up) if isinstance(gate_up, ScaledTensor) else gate_up.float()
@@ -61,12 +62,11 @@ def backward(
         rows(statistics, exact, d_gate_up, offsets)
 
 
-def _of_tokens(module: FP8Weight, role: str, x: Tensor) -> None:
+def _of_tokens(module: FP8Weight, role: str, x: Tensor, routed: bool) -> None:
     """Of tokens as they are quantised when they are sent."""
     statistics = (module.statistics or {}).get(role)
     if statistics is not None:
-        assert module.recipe is not None
-        observe(statistics, x, quantize(x, pow2=module.recipe.dispatched.pow2))
+        observe(statistics, x, quantize(x, pow2=coding_of(module, role, routed).pow2))
 
 
 def _activation(gate_up: Tensor, weight: Tensor | None, limit: float | None) -> Tensor:

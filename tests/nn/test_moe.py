@@ -272,6 +272,21 @@ def test_the_gate_stays_in_fp32() -> None:
     assert torch.equal(module.bfloat16().gate.bias, before)
 
 
+def test_a_dense_layer_dispatches_nothing() -> None:
+    """Its tokens and gradients have the scales of activations and gradients, whatever dispatched ones have."""
+    torch.manual_seed(0)
+    fp32, pow2 = Format((1, 128), False), Format((1, 128), True)
+    module, (x, dy) = SwiGLU(HIDDEN, WIDTH).bfloat16(), inputs(32)
+    results = []
+    for dispatched, own in ((pow2, fp32), (fp32, fp32), (fp32, pow2), (pow2, pow2)):
+        layer = copy.deepcopy(module)
+        fastfp8.nn.convert(layer, Recipe(activation=own, gradient=own, dispatched=dispatched))
+        results.append(run(layer, x, dy))
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[2], results[3]))
+    assert not torch.equal(results[0][0], results[2][0])
+
+
 def test_swiglu_fused_is_near_its_linears_and_keeps_fp8_alone() -> None:
     torch.manual_seed(0)
     dense, (x, dy) = SwiGLU(HIDDEN, WIDTH, limit=2.0), inputs(77)
