@@ -15,7 +15,10 @@ STEPS, FEATURES = 2, 200
 def model() -> nn.Sequential:
     """Sizes of which neither 128 nor, on two ranks, the number of ranks times anything is a divisor."""
     first = normal_linear(FEATURES, 301)
-    return nn.Sequential(first, nn.Tanh(), normal_linear(301, 48, seed=1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        last = fastfp8.nn.RMSNormLinear(48, 35, recipe=fastfp8.Recipe())
+    return nn.Sequential(first, nn.Tanh(), normal_linear(301, 48, seed=1), last)
 
 
 def loss_of(network: nn.Module, step: int, rank: int) -> Tensor:
@@ -28,7 +31,7 @@ def train_sharded(group: Any, mixed: bool) -> tuple[list[Tensor], list[float], l
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (group.size(),))
     network = model()
     policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=torch.float32) if mixed else MixedPrecisionPolicy()
-    for layer in (network[0], network[2], network):
+    for layer in (network[0], network[2], network[3], network):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     fastfp8.nn.share_weights(network, optimizer)  # leaves sharded weights alone

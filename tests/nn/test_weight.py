@@ -272,5 +272,6 @@ def test_fsdp_equals_the_whole_module(mixed: bool, ranks: Ranks) -> None:
     for rank, (parameters, found, saved) in enumerate(ranks.run(fsdp_ranks.train_sharded, mixed)):
         assert found == [of_step[rank] for of_step in losses]
         assert equal(parameters, whole)
-        # The input in FP8 and its scale; the gathered weight, which FSDP frees; Tanh's result. No weight in FP8.
+        # The input in FP8 and its scale; the gathered weight, which FSDP frees; Tanh's result. No weight in FP8,
+        # and nothing of the layer with a norm.
         assert saved.count(torch.float8_e4m3fn) == 2 * fsdp_ranks.STEPS
