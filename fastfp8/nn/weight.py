@@ -190,8 +190,6 @@ class SharedWeights:
         assert module.recipe is not None
         if not isinstance(optimizer, AdamW) or module.recipe.weight.pow2:
             return None
-        if weight.grad is None and getattr(weight, "main_grad", None) is None:
-            return None  # the step left it out, and somebody else may have written to it
         group = next((g for g in optimizer.param_groups if any(p is weight for p in g["params"])), None)
         sizes_fit = weight.numel() > 0 and not any(size % 16 for size in weight.shape[-2:])
         return optimizer.quantized(weight) if group is not None and group["emit_fp8"] and sizes_fit else None
