@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops.rmsnorm import rmsnorm_backward
+
 
 class _Function(torch.autograd.Function):
     @staticmethod
@@ -21,11 +23,9 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        normed, dy = x.float() * scale, dy.float()
-        dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        dy = dy * weight
-        dx = (dy - normed * (dy * normed).mean(-1, keepdim=True)) * scale
-        return dx.to(x.dtype), dweight, None
+        rows = (t.reshape(-1, x.shape[-1]) for t in (dy, x))
+        dx, dweight = rmsnorm_backward(*rows, weight, scale.view(-1))
+        return dx.view(x.shape), dweight.to(weight.dtype), None
 
 
 class RMSNorm(torch.nn.Module):
