@@ -95,10 +95,16 @@ def _table(function: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _of(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``function`` of ``x`` in FP32; of 16 bits from a table, which is 6 times as fast (measured on 2 cores)."""
-    if x.dtype == torch.float32:
+    """``function`` of ``x`` in FP32; of 16 bits from a table, which is 6 times as fast (measured on 2 cores).
+
+    FP32 values that are BF16 ones, as those of E4M3 codes with scales of powers of two are, come from its table.
+    """
+    if x.dtype != torch.float32:
+        return _table(function, x.dtype)[x.view(torch.int16).int() & 0xFFFF]
+    bits = x.contiguous().view(torch.int32)
+    if (bits & 0xFFFF).any():
         return function(x)
-    return _table(function, x.dtype)[x.view(torch.int16).int() & 0xFFFF]
+    return _table(function, torch.bfloat16)[(bits >> 16) & 0xFFFF]
 
 
 def swiglu(gate: Tensor, up: Tensor, weight: Tensor | None, limit: float | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,18 @@ from ..layout import Block, as_matrices, ceil_div
 
 # Elements worked on at a time: temporaries stay in the cache.
 _CHUNK = 1 << 19
+
+
+@functools.cache
+def _table() -> Tensor:
+    """The value of every code, FP32 [256]."""
+    return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
+
+
+def _values(codes: Tensor) -> Tensor:
+    """``codes.float()`` from a table, which is 4 times as fast (measured)."""
+    index = codes.reshape(-1).view(torch.uint8).int()
+    return _table().index_select(0, index).view(codes.shape)
 
 
 def dequantize(data: Tensor, scale: Tensor, block: Block, dtype: torch.dtype, add: Tensor | None = None) -> Tensor:
@@ -27,7 +41,7 @@ def _dequantize_matrix(data: Tensor, out: Tensor, scale: Tensor, block: Block, a
     step = max(1, _CHUNK // (cols * block[0]))
     for first in range(0, ceil_div(rows, block[0]), step):
         chunk = slice(first * block[0], (first + step) * block[0])
-        values, s = data[chunk].float(), scale[first : first + step]
+        values, s = _values(data[chunk]), scale[first : first + step]
         # One scale an element, in blocks that may stick out over the ragged edges.
         spread = s[:, None, :, None].expand(-1, block[0], -1, block[1])
         spread = spread.reshape(s.shape[0] * block[0], s.shape[1] * block[1])
