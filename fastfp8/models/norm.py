@@ -23,8 +23,8 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        rows = (t.reshape(-1, x.shape[-1]) for t in (dy, x))
-        dx, dweight = rmsnorm_backward(*rows, weight, scale.view(-1))
+        hidden = x.shape[-1]
+        dx, dweight = rmsnorm_backward(dy.reshape(-1, hidden), x.reshape(-1, hidden), weight, scale.view(-1))
         return dx.view(x.shape), dweight.to(weight.dtype), None
 
 
