@@ -97,6 +97,7 @@ class DeepSeek(torch.nn.Module):
         config: sizes.
         process_group: over whose ranks the experts are spread; None keeps all here.
         max_tokens: with a process group, the most tokens that a rank ever has.
+        timeout: with a process group, seconds that an exchange of tokens waits for other ranks.
         recompute: see :class:`fastfp8.models.attention.Attention`.
         seed: of the weights. An expert's are the same on whatever rank it is.
         device, dtype: of the parameters but the gates', which are float32: float32 or bfloat16.
@@ -111,6 +112,7 @@ class DeepSeek(torch.nn.Module):
         *,
         process_group: dist.ProcessGroup | None = None,
         max_tokens: int | None = None,
+        timeout: float = 300.0,
         recompute: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -123,7 +125,7 @@ class DeepSeek(torch.nn.Module):
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         block: dict[str, Any] = {
             "recompute": recompute,
-            "experts": {"process_group": process_group, "max_tokens": max_tokens},
+            "experts": {"process_group": process_group, "max_tokens": max_tokens, "timeout": timeout},
             **made,
         }
         self.embedding = torch.nn.Embedding(config.vocabulary, config.hidden, **made)

@@ -141,6 +141,7 @@ class MoE(torch.nn.Module):
         process_group: over whose ranks the experts are spread, by :class:`fastfp8.comm.Buffer`; None keeps all here.
         max_tokens: with a process group, the most tokens that a rank ever has.
         way: how the Buffer exchanges.
+        timeout: seconds that the Buffer waits for other ranks.
         device, dtype: of the weights but the gate's: float32 or bfloat16.
 
     ``forward`` takes ``x`` [..., H] of bfloat16 or float32 and returns as much. With a process group every rank takes
@@ -172,6 +173,7 @@ class MoE(torch.nn.Module):
         process_group: dist.ProcessGroup | None = None,
         max_tokens: int | None = None,
         way: str = "collective",
+        timeout: float = 300.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -202,7 +204,7 @@ class MoE(torch.nn.Module):
         self.register_buffer("load", torch.zeros(num_experts, dtype=torch.int64, device=device), persistent=False)
         self.routing: Routing | None = None
         self.balance_loss: Tensor | None = None
-        self.process_group, self._max_tokens, self._way = process_group, max_tokens, way
+        self.process_group, self._max_tokens, self._way, self._timeout = process_group, max_tokens, way, timeout
         self._stream: torch.cuda.Stream | None = None
 
     def forward(self, x: Tensor, sequences: int = 1) -> Tensor:
@@ -247,7 +249,7 @@ class MoE(torch.nn.Module):
         if tokens.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(tokens.device)  # type: ignore[no-untyped-call]
         sizes = self.num_experts, self.options["top_k"], self._max_tokens
-        buffer = _buffer(self.process_group, tokens, sizes, self._way)
+        buffer = _buffer(self.process_group, tokens, sizes, self._way, self._timeout)
         return RemoteTokens(buffer, tokens, routing.topk_idx, routing.topk_weights, coding, self._stream)
 
     @torch.no_grad()
@@ -279,14 +281,16 @@ def _in_backward() -> bool:
 _BUFFERS: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[Any, Buffer]] = weakref.WeakKeyDictionary()
 
 
-def _buffer(group: dist.ProcessGroup, tokens: Tensor, sizes: tuple[int, int, int | None], way: str) -> Buffer:
+def _buffer(
+    group: dist.ProcessGroup, tokens: Tensor, sizes: tuple[int, int, int | None], way: str, timeout: float
+) -> Buffer:
     """One for all layers of the same sizes: its memory serves one exchange after the other."""
     from ..comm import Buffer
 
     num_experts, top_k, max_tokens = sizes
     assert max_tokens is not None
     of_group = _BUFFERS.setdefault(group, {})
-    key = (tokens.shape[1], sizes, tokens.device, way)
+    key = (tokens.shape[1], sizes, tokens.device, way, timeout)
     if key not in of_group:
         of_group[key] = Buffer(
             group,
@@ -296,6 +300,7 @@ def _buffer(group: dist.ProcessGroup, tokens: Tensor, sizes: tuple[int, int, int
             max_tokens=max_tokens,
             device=tokens.device,
             way=way,
+            timeout=timeout,
         )
     return of_group[key]
 

@@ -83,7 +83,7 @@ def run(given: argparse.Namespace) -> dict[str, Curve]:
     """On each rank: every precision in turn. The first rank writes and prints."""
     options = Options(**{field.name: getattr(given, field.name) for field in fields(Options)})
     text = load_text(given.text)
-    ranks = Ranks()
+    ranks = Ranks(given.timeout)
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda":
         device = torch.device("cuda", ranks.rank % torch.cuda.device_count())

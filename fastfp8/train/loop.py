@@ -73,6 +73,7 @@ class Trainer:
             config,
             process_group=ranks.group,
             max_tokens=options.batch // parts * options.length,
+            timeout=ranks.timeout,
             recompute=options.recompute,
             seed=options.seed,
             device=self.device,

@@ -38,9 +38,14 @@ class RankLost(RuntimeError):
 
 
 class Ranks:
-    """All ranks of the default process group, or this process alone where there is none."""
+    """All ranks of the default process group, or this process alone where there is none.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: seconds that an exchange of tokens waits for other ranks; other collectives have the group's.
+    """
+
+    def __init__(self, timeout: float = 300.0) -> None:
+        self.timeout = timeout
         self.group = dist.group.WORLD if dist.is_initialized() else None
         self.rank = dist.get_rank() if self.group is not None else 0
         self.world = dist.get_world_size() if self.group is not None else 1

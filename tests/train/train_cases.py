@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastfp8.train import PRECISIONS, Options, Ranks, Trainer, train
 TEXT = b"".join(
     path.read_bytes() for path in sorted(Path(__file__).resolve().parents[2].glob("fastfp8/reference/*.py"))
 )
+HANGS_S = 30.0
 SMALL = Options(config="micro", steps=8, batch=4, length=32, warmup=2, lr=3e-3, ema=0.9)
 
 
@@ -39,8 +41,8 @@ def of_rank(group: dist.ProcessGroup, options: Options, precision: str, steps: i
 
 
 def train_until_killed(group: dist.ProcessGroup, out: Path, victim: int, at: int, how: str) -> Any:
-    """Train; one rank ends in the middle of a step, or does something wrong in it."""
-    ranks = Ranks()
+    """Train; one rank ends in the middle of a step, or does something wrong in it, or nothing any more."""
+    ranks = Ranks(timeout=HANGS_S / 6)
     if ranks.rank == victim:
         step = Trainer.run_step
 
@@ -48,6 +50,9 @@ def train_until_killed(group: dist.ProcessGroup, out: Path, victim: int, at: int
             if self.step == at:
                 if how == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
+                if how == "hang":
+                    time.sleep(HANGS_S)
+                    os._exit(1)
                 self.batches[self.step].item()  # raises
             return step(self)
 
