@@ -42,10 +42,11 @@ def _dequantize_matrix(data: Tensor, out: Tensor, scale: Tensor, block: Block, a
     for first in range(0, ceil_div(rows, block[0]), step):
         chunk = slice(first * block[0], (first + step) * block[0])
         values, s = _values(data[chunk]), scale[first : first + step]
-        # One scale an element, in blocks that may stick out over the ragged edges.
-        spread = s[:, None, :, None].expand(-1, block[0], -1, block[1])
-        spread = spread.reshape(s.shape[0] * block[0], s.shape[1] * block[1])
-        torch.mul(values, spread[: values.shape[0], :cols], out=values)
+        if values.shape == (s.shape[0] * block[0], s.shape[1] * block[1]):
+            values.view(s.shape[0], block[0], s.shape[1], block[1]).mul_(s[:, None, :, None])
+        else:  # one scale an element, for blocks stick out over the ragged edges
+            spread = s.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+            values *= spread[: values.shape[0], :cols]
         if add is not None:
             values += add[chunk].float()
         out[chunk] = values
