@@ -95,7 +95,12 @@ def load_input(
     if residual is not None:
         at = residual + row * residual_row_stride + far * residual_col_stride
         added = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        given = (given.to(tl.float32) + added).to(residual.dtype.element_ty)
+        if given.dtype == tl.bfloat16 and residual.dtype.element_ty == tl.float16:
+            # By its bits: of a conversion LLVM would make a sum in float16, where 70000 - 10000 is infinite.
+            wide = (given.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        else:
+            wide = given.to(tl.float32)
+        given = (wide + added).to(residual.dtype.element_ty)
     return given
 
 

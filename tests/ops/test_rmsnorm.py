@@ -259,6 +259,15 @@ def test_a_row_does_not_depend_on_the_batch(name: str) -> None:
         assert_same_bits(dx[row], backward(name, grad[row], x[row], weight, rstd[row])[0], "dx")
 
 
+@pytest.mark.parametrize("name", backend_params(NAMES))
+def test_the_sum_is_that_of_float32(name: str) -> None:
+    """Of a bfloat16 input and a float16 residual, which may fit float16 where the input alone does not."""
+    x = torch.tensor([[70000.0, -70000.0, -1e-12]]).bfloat16()
+    residual = torch.tensor([[-10000.0, 10000.0, 0.0]]).half()
+    check_forward(name, x, randn(3), residual)
+    assert forward(name, x, randn(3), residual)[3].isfinite().all()
+
+
 def check_any_input(name: str, examples: settings) -> None:
     @examples
     @given(
