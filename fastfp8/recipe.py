@@ -101,11 +101,11 @@ class Recipe:
         return self.cached_after_attention if _matches(name, self.after_attention) else self.cached
 
     def __str__(self) -> str:
-        lines = [f"{'Recipe':<24}{'':<38}DeepSeek-V3 report"]
+        lines = [f"{'Recipe':<26}{'':<38}DeepSeek-V3 report"]
         for field in fields(self):
             value = getattr(self, field.name)
             text = ", ".join(value) if isinstance(value, tuple) else str(value)
-            lines.append(f"  {field.name:<22}{text:<38}{_SECTIONS[field.name]}")
+            lines.append(f"  {field.name:<22}  {text:<36}  {_SECTIONS[field.name]}")
         return "\n".join(lines)
 
 

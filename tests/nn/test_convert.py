@@ -1,6 +1,8 @@
 """fastfp8.nn.convert: what is swapped, what is left alone, what stays shared."""
 
 import copy
+import dataclasses
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -210,3 +212,13 @@ def test_an_argument_of_another_type_is_an_error() -> None:
         fastfp8.nn.convert(model, "fp8")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"argument 'freeze': expected a bool, got int"):
         fastfp8.nn.convert(model, freeze=1)  # type: ignore[arg-type]
+
+
+def test_a_recipe_prints_every_role_apart_from_its_value_and_section() -> None:
+    patterns = tuple(f"a_long_name_{i}" for i in range(5))
+    lines = str(Recipe(high_precision=patterns)).splitlines()[1:]
+    cells = {line.split()[0]: re.split(r" {2,}", line.strip()) for line in lines}
+    assert cells.keys() == {field.name for field in dataclasses.fields(Recipe)}
+    assert cells["cached_after_attention"] == ["cached_after_attention", "e5m6", "3.3.3"]
+    assert cells["high_precision"] == ["high_precision", ", ".join(patterns), "3.3.1"]
+    assert cells["weight"] == ["weight", "e4m3 128x128, fp32 scales", "3.3.2"]
