@@ -20,7 +20,7 @@ def _table() -> Tensor:
 
 
 def _values(codes: Tensor) -> Tensor:
-    """``codes.float()`` from a table, which is 4 times as fast (measured)."""
+    """``codes.float()`` from a table, which is 5 times as fast (measured on 1 core)."""
     index = codes.reshape(-1).view(torch.uint8).int()
     return _table().index_select(0, index).view(codes.shape)
 

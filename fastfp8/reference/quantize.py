@@ -50,7 +50,7 @@ def quantize_rows(
     ragged = (rows, cols) != (row_blocks * block[0], col_blocks * block[1])
     if ragged:
         x = F.pad(x, (0, col_blocks * block[1] - cols, 0, row_blocks * block[0] - rows))
-    # A transpose is copied as a matrix, which is 4 times as fast as a copy in the shape of blocks (measured).
+    # A transpose is copied as a matrix, which is 4 times as fast as in the shape of blocks (measured).
     x = x.float().contiguous().view(row_blocks, block[0], col_blocks, block[1])
     amax = x.abs().amax((1, 3))
     least, most = (v.item() for v in torch.aminmax(amax))  # NaN if any element is

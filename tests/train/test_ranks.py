@@ -44,8 +44,7 @@ def test_two_ranks_train_as_one(pool: Ranks) -> None:
             assert torch.equal(theirs[0], theirs[1])  # bit for bit, or ranks would drift apart
         # Three steps of at most the learning rate each, for whatever gradients round to the other side of 0.
         assert (theirs[0] - param).abs().max() < 3 * 2 * options.lr
-        # Most of all the gate's: a token that is rounded to another expert moves it.
-        assert (theirs[0] - param).abs().mean() < 0.1 * options.lr
+        assert (theirs[0] - param).abs().mean() < 0.02 * options.lr
     assert [m.loss for m in found[0][0]] == [m.loss for m in found[1][0]]
 
 
